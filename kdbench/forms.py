@@ -1,6 +1,6 @@
 """What the typed forms of cards and recipes have in common."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -19,6 +19,14 @@ Entry = Annotated[
         "default one that is not an average"
     ),
 ]
+
+
+T = TypeVar("T")
+
+
+def listed(said: T | list[T]) -> list[T]:
+    """What may be said alone or as a list, as a list."""
+    return said if isinstance(said, list) else [said]
 
 
 class Strict(BaseModel):

@@ -18,7 +18,7 @@ from kdbench.files import BEST, METRICS, RECORD, RUN, STUDENT, TEACHERS, TRIALS,
 from kdbench.forms import Open
 from kdbench.reading import inside, of_form, parsed, plain_name, read_as, read_json, read_text
 from kdbench.recipe.specs import CellSpec
-from kdbench.record_derived import derived, filled, typed, without
+from kdbench.record_derived import derived, filled, typed_spec, without
 
 SCHEMA = 1
 # What tells data and teachers of one name apart.
@@ -69,7 +69,7 @@ class Record(Open):
     @model_validator(mode="before")
     @classmethod
     def _with_what_follows(cls, data: Any) -> Any:
-        if isinstance(data, dict) and (spec := typed(data.get("spec"))) is not None:
+        if isinstance(data, dict) and (spec := typed_spec(data.get("spec"))) is not None:
             try:
                 return filled(data, derived(spec))
             except (UserError, ArithmeticError, LookupError) as error:
@@ -87,7 +87,7 @@ class Record(Open):
     @cached_property
     def resolved(self) -> CellSpec | None:
         """The resolved recipe, typed; None where another version wrote it in a form that this one does not know."""
-        return typed(self.spec)
+        return typed_spec(self.spec)
 
     @property
     def place(self) -> str:

@@ -43,7 +43,7 @@ def derived(spec: CellSpec) -> dict[str, Any]:
     }
 
 
-def typed(spec: Any) -> CellSpec | None:
+def typed_spec(spec: Any) -> CellSpec | None:
     """A resolved recipe in the form of today; None where it has another."""
     try:
         return CellSpec.model_validate(spec)

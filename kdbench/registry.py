@@ -17,6 +17,7 @@ from typing import Any
 from kdbench.cards import KINDS, AnalysisCard, CodeCard, LossCard, SourceCard
 from kdbench.errors import UserError, did_you_mean, shortened
 from kdbench.files import SHARE, paths_of
+from kdbench.forms import listed
 from kdbench.names import Shipped, targets_in
 from kdbench.own_code import check_one_file, own_code_sha256
 from kdbench.signature import Parameter, check_options, parameters
@@ -197,8 +198,9 @@ class Registry:
         """
         name = given.data[own[0]]
         card = self.card(kind, name, given.origin(own[:1]))
-        origins = {key: self.tree(kind, name).origin(("args", key)) for key in getattr(card, "args", {})}
-        options = getattr(card, "args", {}) | self.fields(kind, name)
+        args = getattr(card, "args", {})
+        origins = {key: self.tree(kind, name).origin(("args", key)) for key in args}
+        options = args | self.fields(kind, name)
         what = what or f"{singular(kind)} '{name}'"
         settable = self.settable(card)
         if hidden := [key for key in own if key in settable and key not in options]:
@@ -250,11 +252,6 @@ def singular(kind: str) -> str:
     return special.get(kind, kind[:-1])
 
 
-def _listed(said: Any) -> list[str]:
-    """A card's value that is a list, or one alone."""
-    return [str(one) for one in (said if isinstance(said, list) else [said])]
-
-
 def _unpaired(base: Tree, own: Tree) -> Tree:
     """A card that another includes, without what its `pairs` say of parameters that the other sets itself."""
     short, pairs = base.data.get("parameters"), base.data.get("pairs")
@@ -262,7 +259,7 @@ def _unpaired(base: Tree, own: Tree) -> Tree:
         return base
     said = {dotted(path) for path in paths(own.data)}
     kept = [
-        {key: value for key, value in pair.items() if said.isdisjoint(_listed(short.get(key)))}
+        {key: value for key, value in pair.items() if said.isdisjoint(map(str, listed(short.get(key))))}
         if isinstance(pair, dict)
         else pair
         for pair in pairs
@@ -297,17 +294,20 @@ def written_out(tree: Tree, recipe: bool = False) -> Tree:
                 value = {word: value}
                 origins[(*here, word)] = tree.origin(here)
             elif key == "teacher" and recipe and not path and isinstance(value, list):
-                each = [{"name": one} if isinstance(one, str) else one for one in value]
-                value = {"several": [walk(one, ("teacher", i)) for i, one in enumerate(each)]}
+                value = {"several": [walk(one, ("teacher", i)) for i, one in enumerate(_each_named(value))]}
                 origins.update({("teacher", "several", *p[1:]): o for p, o in tree.origins.items() if p[:1] == here})
             elif key in ("weight_schedule", "transforms") and isinstance(value, list):
-                value = [{"name": one} if isinstance(one, str) else one for one in value]
+                value = _each_named(value)
             elif key == "stages" and isinstance(value, list):
                 value = _stages_by_name(value, here, origins, tree)
             result[key] = walk(value, here)
         return result
 
     return Tree(walk(tree.data, ()), origins)
+
+
+def _each_named(several: list[Any]) -> list[Any]:
+    return [{"name": one} if isinstance(one, str) else one for one in several]
 
 
 def _stages_by_name(stages: list[Any], path: tuple[str | int, ...], origins: dict[Any, str], tree: Tree) -> Any:

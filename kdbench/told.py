@@ -55,13 +55,10 @@ def inputs_of(target: str) -> list[str]:
     found = []
     for parameter in parameters(target, called=True).values():
         network = _OF_NETWORKS.match(parameter.name)
-        plain = parameter.type in (int, float, bool, str)
-        if parameter.name in TOLD or is_module(parameter) or plain or parameter.default is not REQUIRED:
+        option = parameter.type in (int, float, bool, str) or parameter.default is not REQUIRED
+        if option or parameter.name in TOLD or is_module(parameter) or not (network or parameter.name in OF_BATCH):
             break
-        if parameter.name in OF_BATCH or network:
-            found.append(network[1] if network else parameter.name)
-        else:
-            break
+        found.append(network[1] if network else parameter.name)
     return found
 
 

@@ -177,7 +177,7 @@ def _construct(node: yaml.Node, path: Path, source: str, origins: dict[Path, str
     if isinstance(node, yaml.SequenceNode):
         return [_construct(child, (*path, index), source, origins) for index, child in enumerate(node.value)]
     try:
-        scalar = yaml.SafeLoader("").construct_object(node, deep=True)
+        scalar = yaml.constructor.SafeConstructor().construct_object(node, deep=True)
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"not a valid YAML value: {error}", where=f"{source}:{node.start_mark.line + 1}") from None
     if isinstance(scalar, int | float) and _OTHER_BASE.match(node.value):

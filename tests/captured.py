@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from shipped import REGISTRY
 from standin import StandIn
 from tiny import CPU, images, networks_for, shortened, target_for, untrained_teacher
 from torch.nn import functional as F
@@ -25,9 +26,7 @@ from kdbench.engine.program import Cohort, Program
 from kdbench.engine.teachers.loading import fingerprint
 from kdbench.recipe.planning import plan
 from kdbench.recipe.specs import CellSpec
-from kdbench.registry import Registry
 
-REGISTRY = Registry()
 METHODS = REGISTRY.names("methods")
 STEPS = 14
 

@@ -22,159 +22,42 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from kdbench.tree import walk
 
 ROOT = Path(__file__).parent.parent
 # Seconds of work that one input may take, and by the clock, of which a busy machine takes many.
 LIMIT, LATEST = 20.0, 300.0
 
 ODD: list[Any] = [
-    *(None, True, False, 0, -1, 1, 2, 3, 0.5, -0.5, 1e308, -1e308, 10**9, 10**18, 10**30, 10**400, 1e-30, 1e30),
-    *(
-        float("inf"),
-        float("nan"),
-        "",
-        "x",
-        "kd",
-        "ab",
-        "at",
-        "ce",
-        "bss",
-        "rco",
-        "uda_kd",
-        "fitnets",
-        "✓ü\u202e",
-        "\x00",
-    ),
-    *(
-        "a" * 5000,
-        "1e-3",
-        "50%",
-        "-5%",
-        "150%",
-        "nan%",
-        "${x}",
-        "../../etc/passwd",
-        "/dev/zero",
-        "~",
-        "os:system",
-        "{}",
-    ),
-    *("{depth}", "wrn_0_0", "wrn_16_0", "wrn_10_2", "wrn_999999_1", "wrn_10_999999", "wrn_99999999999999999999_1"),
-    *("resnet8", "resnet20", "vgg8", "timm:", "timm:nonsense", "timm:vit_tiny_patch16_224", "torchvision:resnet18"),
-    *("torchvision:", [], {}, [None], [[]], [{}], [1, [2, [3]]], [0, 1], {"name": None}, {"name": ""}, {"": 1}),
-    *({"name": "kd", "label": 3}, {"name": "kd", "label": ""}, {"name": {"name": "kd"}}, {"name": "kd", "stages": []}),
-    *(
-        {"name": "kd", "stages": [{"name": "a"}]},
-        {"name": "kd", "stages": {"classification": None}},
-        {"name": "linear"},
-    ),
-    *({"a": {"b": {"c": []}}}, list(range(50)), "epoch", {"name": "cosine", "at": [1]}, "1.5", "0x10", "12:30:45"),
-    *(
-        "2020-01-01",
-        datetime.date(2020, 1, 1),
-        "equal",
-        "halving",
-        "layer1",
-        "layer2.preact",
-        "pooled",
-        "logits",
-        "layers",
-    ),
-    *(
-        "conv",
-        "conv_bn",
-        "noise_images",
-        "boundary_samples",
-        "adam",
-        "train",
-        "eval",
-        10**5,
-        "digits",
-        "cifar10",
-        "mnist_8",
-    ),
-]
+    None, True, False, 0, -1, 1, 2, 3, 0.5, -0.5, 1e308, -1e308, 10**9, 10**18, 10**30, 10**400, 1e-30, 1e30,
+    float("inf"), float("nan"), "", "x", "kd", "ab", "at", "ce", "bss", "rco", "uda_kd", "fitnets", "✓ü\u202e", "\x00",
+    "a" * 5000, "1e-3", "50%", "-5%", "150%", "nan%", "${x}", "../../etc/passwd", "/dev/zero", "~", "os:system", "{}",
+    "{depth}", "wrn_0_0", "wrn_16_0", "wrn_10_2", "wrn_999999_1", "wrn_10_999999", "wrn_99999999999999999999_1",
+    "resnet8", "resnet20", "vgg8", "timm:", "timm:nonsense", "timm:vit_tiny_patch16_224", "torchvision:resnet18",
+    "torchvision:", [], {}, [None], [[]], [{}], [1, [2, [3]]], [0, 1], {"name": None}, {"name": ""}, {"": 1},
+    {"name": "kd", "label": 3}, {"name": "kd", "label": ""}, {"name": {"name": "kd"}}, {"name": "kd", "stages": []},
+    {"name": "kd", "stages": [{"name": "a"}]}, {"name": "kd", "stages": {"classification": None}}, {"name": "linear"},
+    {"a": {"b": {"c": []}}}, list(range(50)), "epoch", {"name": "cosine", "at": [1]}, "1.5", "0x10", "12:30:45",
+    "2020-01-01", datetime.date(2020, 1, 1), "equal", "halving", "layer1", "layer2.preact", "pooled", "logits",
+    "layers", "conv", "conv_bn", "noise_images", "boundary_samples", "adam", "train", "eval", 10**5, "digits",
+    "cifar10", "mnist_8",
+]  # fmt: skip
 KEYS = [
-    "data",
-    "teacher",
-    "student",
-    "protocol",
-    "method",
-    "compare",
-    "seeds",
-    "epochs",
-    "steps",
-    "evaluations",
-    "compute",
-    "route",
-    "baseline",
-    "title",
-    "include",
-    "target",
-    "name",
-    "weights",
-    "model",
-    "hooks",
-    "stages",
-    "losses",
-    "optimizer",
-    "schedule",
-    "lr",
-    "weight",
-    "layer_weights",
-    "hook",
-    "connector",
-    "trains",
-    "share",
-    "temperature",
-    "start",
-    "per_class",
-    "fraction",
-    "validation",
-    "only_classes",
-    "split_seed",
-    "root",
-    "x",
-    "é",
-    "a.b",
-    "method.temperature",
-    "keep",
-    "classes",
-    "compare.method",
-    "augmentation",
-    "normalization",
-    "mean",
-    "anchors",
-    "source",
-    "begins",
-    "modes",
-    "batch_norm",
-    "weight_schedule",
-    "label",
-    "1",
-    ".",
-    "..",
-    "stages.classification",
-    "teacher.name",
-    "method.name",
-    "student.name",
-    "protocol.name",
-    "data.name",
-    "compute.mode",
-    "batch_size",
-]
-
-
-def nodes(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    yield path
-    if isinstance(data, dict | list):
-        for key, value in data.items() if isinstance(data, dict) else enumerate(data):
-            yield from nodes(value, (*path, key))
+    "data", "teacher", "student", "protocol", "method", "compare", "seeds", "epochs", "steps", "evaluations",
+    "compute", "route", "baseline", "title", "include", "target", "name", "weights", "model", "hooks", "stages",
+    "losses", "optimizer", "schedule", "lr", "weight", "layer_weights", "hook", "connector", "trains", "share",
+    "temperature", "start", "per_class", "fraction", "validation", "only_classes", "split_seed", "root", "x", "é",
+    "a.b", "method.temperature", "keep", "classes", "compare.method", "augmentation", "normalization", "mean",
+    "anchors", "source", "begins", "modes", "batch_norm", "weight_schedule", "label", "1", ".", "..",
+    "stages.classification", "teacher.name", "method.name", "student.name", "protocol.name", "data.name",
+    "compute.mode", "batch_size",
+]  # fmt: skip
 
 
 def at(data: Any, path: tuple[Any, ...]) -> Any:
@@ -185,9 +68,9 @@ def at(data: Any, path: tuple[Any, ...]) -> Any:
 
 def changed(data: Any, draw: random.Random, values: Callable[[], Any]) -> None:
     """Change plain data at one place: a key more, one less, another value, another name, a value as a list."""
-    paths, how = [path for path in nodes(data) if path], draw.random()
+    paths, how = [path for path in walk(data) if path], draw.random()
     if not paths or how < 0.25:
-        mappings = [path for path in nodes(data) if isinstance(at(data, path), dict)]
+        mappings = [path for path in walk(data) if isinstance(at(data, path), dict)]
         if mappings:
             at(data, draw.choice(mappings))[draw.choice(KEYS)] = values()
         return
@@ -269,7 +152,7 @@ def recipes(count: int, seed: int, found: Found) -> None:
         if draw.random() < 0.8:
             return copy.deepcopy(draw.choice(ODD))
         data = draw.choice(known)
-        return copy.deepcopy(at(data, draw.choice([*nodes(data)])))
+        return copy.deepcopy(at(data, draw.choice([*walk(data)])))
 
     folder = Path(tempfile.mkdtemp(prefix="kdbench-fuzz-"))
     for number in range(count):

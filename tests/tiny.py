@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from shipped import REGISTRY
 from torch import Tensor
 
 from kdbench.data.images import ImageData, canonical
@@ -29,7 +29,6 @@ from kdbench.recipe.timeline import Timeline
 from kdbench.registry import Registry
 
 CPU = torch.device("cpu")
-_registry = cache(Registry)
 # A small network with a class token and a distillation token.
 TWO_HEADS = {
     "name": "timm:deit_tiny_distilled_patch16_224",
@@ -54,7 +53,7 @@ def _student_of(method: str) -> Any:
     """The same model as the teacher if the method begins with its weights."""
     if method == "deit":
         return TWO_HEADS
-    if _registry().card("methods", method).starts_from == "teacher":
+    if REGISTRY.card("methods", method).starts_from == "teacher":
         return "wrn_16_2"
     # Some losses compare channel by channel.
     return "wrn_10_2" if method in ("fsp", "kdsvd") else "wrn_10_1"

@@ -63,8 +63,8 @@ class Loop:
 
     def _table(self) -> torch.Tensor:
         views = augmentation_of(self.first.protocol).views
-        kind = torch.bfloat16 if self.computing.precision == "bfloat16" else torch.float32
-        return torch.randn(len(self.data.train_labels), views, self.first.data.classes).to(kind).to(self.device)
+        table = torch.randn(len(self.data.train_labels), views, self.first.data.classes)
+        return table.to(getattr(torch, self.computing.precision)).to(self.device)
 
     def _cohort(self, seed: int, teacher: Teacher, table: torch.Tensor | None) -> Cohort:
         specs = [spec.model_copy(update={"seed": seed}) for spec in self.specs]

@@ -238,7 +238,7 @@ def benchmark(plan: Plan, timer: LaneTimer, flops: dict[str, float], peers: bool
         compiled = replace(best.lane.computing, compile=True)
         lane = replace(best.lane, name=compiled.name, computing=compiled)
         if graphs := timer.start([lane] if timer.machine.compiler else []):
-            taken = timer.measure(_each_once(first, best, *graphs), "graphs")
+            taken = timer.measure([*dict.fromkeys((first, best, *graphs))], "graphs")
             rows += [row(process, taken) for process in graphs]
             best = fastest([best, *graphs], taken)
             timer.end(besides=(first, best))
@@ -246,7 +246,7 @@ def benchmark(plan: Plan, timer: LaneTimer, flops: dict[str, float], peers: bool
         table = replace(way, name=f"{way.name}, logit table", table=True)
         cohort = replace(way, name=f"{way.name}, {len(cells)} methods as one cohort", specs=all_cells)
         final = [best, *timer.start([cohort, table], needed=True)]
-        taken = timer.measure(_each_once(first, *final), "cohort and table")
+        taken = timer.measure([*dict.fromkeys((first, *final))], "cohort and table")
     finally:
         timer.end()
     roles = {role: row(process, taken) for role, process in zip(("run", "cohort", "table"), final, strict=True)}
@@ -256,10 +256,6 @@ def benchmark(plan: Plan, timer: LaneTimer, flops: dict[str, float], peers: bool
 
 def fastest(processes: Sequence[Process], taken: Taken) -> Process:
     return max(processes, key=lambda process: statistics.median(taken[process.lane.name]))
-
-
-def _each_once(*processes: Process) -> list[Process]:
-    return list(dict.fromkeys(processes))
 
 
 def peers_of(specs: list[dict[str, Any]]) -> list[Lane]:

@@ -43,7 +43,7 @@ class Rates:
         return "\n".join(rows)
 
 
-def made_up(folder: Path, pictures: int = PICTURES) -> list[Path]:
+def made_up_pictures(folder: Path, pictures: int = PICTURES) -> list[Path]:
     """JPEGs of ImageNet's usual size, with detail of several scales so that files have about its usual 110 kB."""
     (folder / "all").mkdir(parents=True)
     files = []
@@ -64,7 +64,7 @@ def measured(rounds: int, tell: Callable[[str], None]) -> Rates:
     """Every way in turns, one batch each: read, decode, RandomResizedCrop, mirror, bytes of a batch."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
-        files = made_up(Path(name))
+        files = made_up_pictures(Path(name))
         randomly = Transforms([("rand_augment", rand_augment())]), _MIRRORED
         ways = {
             "kdbench": ours(files, Making(AREA)),

@@ -37,9 +37,8 @@ def flops_of(spec: CellSpec) -> dict[str, float]:
 
 
 def _peak(precision: str, device: torch.device) -> float:
-    kind = torch.bfloat16 if precision == "bfloat16" else torch.float32
     n = SIZE[device.type]
-    a, b = (torch.randn(n, n, device=device).to(kind) for _ in range(2))
+    a, b = (torch.randn(n, n, device=device).to(getattr(torch, precision)) for _ in range(2))
     best = float("inf")
     for _ in range(REPEATS):
         begin = time.perf_counter()

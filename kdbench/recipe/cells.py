@@ -9,7 +9,7 @@ from kdbench.models.points import IMAGES, POINT_GROUPS, TRANSFORMERS, any_gradie
 from kdbench.recipe.anchoring import check_route
 from kdbench.recipe.choices import Recipe
 from kdbench.recipe.datasets import check_channels, data_spec, target_spec, with_folders
-from kdbench.recipe.loading import typed
+from kdbench.recipe.loading import typed_recipe
 from kdbench.recipe.method_specs import SourceSpec, TermSpec
 from kdbench.recipe.methods import check_target, check_trains_teacher, method_spec, needs_teacher
 from kdbench.recipe.model_specs import DataSpec, ModelSpec
@@ -23,7 +23,7 @@ from kdbench.validation import validated
 
 
 def cell_spec(
-    variant: Variant, seed: int, registry: Registry, trained: TeacherCell, weights_must_exist: bool = True
+    variant: Variant, seed: int, registry: Registry, trained: TeacherCell, weights_must_exist: bool
 ) -> tuple[CellSpec, set[str]]:
     """The cell of a variant and a seed, and the parts of the recipe that mean nothing to it.
 
@@ -31,7 +31,7 @@ def cell_spec(
         trained: gives the cell that trains a teacher by its own recipe.
     """
     tree = with_folders(variant.tree, registry)
-    recipe = typed(tree)
+    recipe = typed_recipe(tree)
     data = data_spec(recipe, tree, registry)
     target = target_spec(recipe, data, tree, registry)
     protocol, protocol_tree = _protocol(recipe, tree, data, registry)
@@ -81,9 +81,7 @@ def _protocol(recipe: Recipe, tree: Tree, data: DataSpec, registry: Registry) ->
     given = tree.at("protocol")
     name = given.data.get("name")
     if not isinstance(name, str):
-        raise UserError(
-            "the recipe names no protocol", where=tree.origin(("protocol",)), hint="add 'protocol: ab_official'"
-        )
+        raise UserError("the recipe names no protocol", tree.origin(("protocol",)), "add 'protocol: ab_official'")
     merged = registry.tree("protocols", name, given.origin(("name",)))
     own = given.without("name")
     for budget in ("epochs", "steps"):
@@ -149,9 +147,7 @@ def _check_average(spec: CellSpec, where: str) -> None:
         (spec.route, "a route keeps the weights themselves, and 'ema' tests their average"),
     ):
         if problem:
-            raise UserError(
-                f"method '{spec.method.name}': {what}", where=where, hint="leave 'ema' out: 'protocol.ema=null'"
-            )
+            raise UserError(f"method '{spec.method.name}': {what}", where, "leave 'ema' out: 'protocol.ema=null'")
 
 
 def _check_points(spec: CellSpec, method: Tree) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from kdbench.cards import PointName
-from kdbench.forms import IMAGE_SIZE, RESIZE, Entry, Named, Strict
+from kdbench.forms import IMAGE_SIZE, RESIZE, Entry, Named, Strict, WithOptions
 from kdbench.image_cards import Normalization
 
 # Settings that every method tries at most: each is planned before anything is trained.
@@ -87,9 +87,8 @@ class TeacherChoice(Strict):
     classes: int | None = Field(
         default=None,
         gt=0,
-        description="beside 'weights': number of classes that it was trained on, if not those of the data. "
-        "Its features "
-        "can then teach, its logits cannot",
+        description="beside 'weights': number of classes that it was trained on, if not those of the data. Its "
+        "features can then teach, its logits cannot",
     )
 
     @model_validator(mode="before")
@@ -193,11 +192,10 @@ class Range(Strict):
         return self
 
 
-class Tune(BaseModel):
+class Tune(WithOptions):
     """Settings that every method tries before the comparison. Beside these keys, write parameters of one method
     (`at.beta`) or of all methods (`method.beta`), or fields of the protocol, each with a list or a range."""
 
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
     __pydantic_extra__: dict[str, Range | list[Any]] = Field(init=False)
 
     trials: int = Field(8, gt=1, le=MOST_TRIALS, description="settings that every method tries")
@@ -260,9 +258,8 @@ class Recipe(Strict):
     )
     keep: Literal["best"] | None = Field(
         None,
-        description="also keep the weights of the best evaluation: best on the validation part if there is "
-        "one, else on "
-        "the test set",
+        description="also keep the weights of the best evaluation: best on the validation part if there is one, else "
+        "on the test set",
     )
 
     @model_validator(mode="after")

@@ -52,9 +52,9 @@ class TargetSpec(Coded, Spec):
     target: str = Field(description="module:object, in this process; a record holds what it counts as in its place")
     options: dict[str, Any] = {}
     source_sha256: str | None = Field(
-        None, description="of the target's file and those that it imports, where they are the user's own code"
+        default=None, description="of the target's file and those that it imports, where they are the user's own code"
     )
-    version: int = Field(1, description="of the card")
+    version: int = Field(default=1, description="of the card")
 
     @model_validator(mode="before")
     @classmethod

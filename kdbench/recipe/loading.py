@@ -10,7 +10,8 @@ import yaml
 
 from kdbench.cards import ProtocolCard
 from kdbench.errors import UserError, did_you_mean, shortened
-from kdbench.files import SHARE, expanded, no_file
+from kdbench.files import SHARE, expanded, is_recipe, no_file
+from kdbench.forms import listed
 from kdbench.recipe.choices import Range, Recipe
 from kdbench.registry import written_out
 from kdbench.tree import SCIENTIFIC, Tree
@@ -41,12 +42,9 @@ def find(recipe: str, base: Path | None = None) -> Path:
             return file
     if what := next(filter(None, map(no_file, candidates)), None):
         raise UserError(f"'{recipe}' is no recipe: {what}", hint="'kdbench ls recipes' lists the shipped ones")
-    if recipe.endswith((".yaml", ".yml")):
-        name = Path(recipe).stem
-        raise UserError(
-            f"there is no recipe file '{recipe}'",
-            hint=f"{did_you_mean(name, recipe_names())} ('kdbench ls recipes' lists the shipped ones)",
-        )
+    if is_recipe(path):
+        hint = f"{did_you_mean(path.stem, recipe_names())} ('kdbench ls recipes' lists the shipped ones)"
+        raise UserError(f"there is no recipe file '{recipe}'", hint=hint)
     raise UserError(f"there is no recipe '{recipe}'", hint=did_you_mean(recipe, recipe_names()))
 
 
@@ -87,7 +85,7 @@ def _titled(tree: Tree, over: Mapping[str, str]) -> Tree:
     return put(tree, "title", f"{title} ({', '.join(said)})", _COMMAND_LINE)
 
 
-def typed(tree: Tree) -> Recipe:
+def typed_recipe(tree: Tree) -> Recipe:
     """The typed form of a loaded recipe."""
     return validated(Recipe, tree, "recipe")
 
@@ -136,9 +134,7 @@ def _load_file(file: Path, seen: tuple[Path, ...]) -> Tree:
         raise UserError("a recipe is a mapping of keys to values", where=str(file), hint=hint)
     tree = written_out(tree, recipe=True)
     base = Tree({}, {})
-    includes = tree.data.get("include", [])
-    names = includes if isinstance(includes, list) else [includes]
-    for name in names:
+    for name in listed(tree.data.get("include", [])):
         if not isinstance(name, str):
             raise UserError("'include' names a recipe, or a list of recipes", where=tree.origin(("include",)))
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from kdbench.cards import Points, StageFields, TermFields
+from kdbench.forms import listed
 from kdbench.models.points import LAST, expand, needed_for
 from kdbench.names import frozen
 from kdbench.recipe.coded import Spec, TargetSpec
@@ -44,13 +45,11 @@ class TermSpec(TermFields, Spec):
     @property
     def weight_schedules(self) -> list[TargetSpec]:
         """Those whose product its weight is multiplied by."""
-        given = self.weight_schedule or []
-        return given if isinstance(given, list) else [given]
+        return listed(self.weight_schedule or [])
 
     def points(self, network: Literal["student", "teacher"]) -> list[str]:
         """Its hook points and groups of a network's side."""
-        own = getattr(self, network)
-        return [own] if isinstance(own, str) else own
+        return listed(getattr(self, network))
 
     def counted(self, student: ModelSpec, teacher: ModelSpec | None) -> TermSpec:
         """As it counts: the last layer under its number, where methods once said that number."""

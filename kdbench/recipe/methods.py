@@ -5,6 +5,7 @@ from typing import Any
 
 from kdbench.cards import MethodCard
 from kdbench.errors import UserError, did_you_mean, shortened
+from kdbench.forms import listed
 from kdbench.recipe.anchoring import with_anchors
 from kdbench.recipe.method_specs import MethodSpec, ModuleSpec, StageSpec
 from kdbench.recipe.model_specs import DataSpec
@@ -97,7 +98,7 @@ def _changed(variant: Variant, registry: Registry) -> tuple[Tree, set[str], str]
 
 def _paths(said: str | list[str]) -> list[tuple[str, ...]]:
     """What a parameter's short name stands for on a card: one place, or several that get the same value."""
-    return [tuple(path.split(".")) for path in ([said] if isinstance(said, str) else said)]
+    return [tuple(path.split(".")) for path in listed(said)]
 
 
 def _check_parameter(tree: Tree, name: str, path: str, registry: Registry) -> None:
@@ -131,11 +132,8 @@ def _of_pair(method: Tree, recipe: dict[str, Any], registry: Registry) -> dict[t
             where = method.origin(("pairs", index, key))
             if key not in ("teacher", "student") and key not in short:
                 hint = did_you_mean(key, short)
-                raise UserError(
-                    f"a pair sets the method's parameters, and '{key}' is not one of them", where=where, hint=hint
-                )
-            said = [pair[side] if isinstance(pair[side], list) else [pair[side]] for side in models]
-            if key in short and all(model in names for model, names in zip(models.values(), said, strict=True)):
+                raise UserError(f"a pair sets the method's parameters, and '{key}' is not one of them", where, hint)
+            if key in short and all(model in listed(pair[side]) for side, model in models.items()):
                 found |= dict.fromkeys(_paths(short[key]), Tree.of(value, where))
     return found
 
@@ -217,9 +215,7 @@ def _check_shares(stages: dict[str, StageSpec], where: str, method: str) -> None
                 f"method '{method}', stage '{name}': stages with 'extra_epochs' must come first", where, hint
             )
         if stage.extra and stage.share is not None:
-            raise UserError(
-                f"method '{method}', stage '{name}': 'share' and 'extra_epochs' cannot be combined", where=where
-            )
+            raise UserError(f"method '{method}', stage '{name}': 'share' and 'extra_epochs' cannot be combined", where)
     rest = [name for name, stage in stages.items() if stage.share is None and not stage.extra]
     if len(rest) > 1:
         hint = "only one stage may leave it out and take the rest"

@@ -70,7 +70,7 @@ def weights_spec(teacher: str, weights: Weights) -> WeightsSpec:
 
 
 def teacher_spec(
-    choice: TeacherChoice, tree: Tree, registry: Registry, trained: TeacherCell, weights_must_exist: bool = True
+    choice: TeacherChoice, tree: Tree, registry: Registry, trained: TeacherCell, weights_must_exist: bool
 ) -> TeacherSpec:
     """The teacher that a recipe chooses: one of a card, or one with the user's own weights.
 

@@ -13,7 +13,7 @@ from kdbench.reading import LONGEST, plain_name
 from kdbench.recipe.cells import cell_spec
 from kdbench.recipe.choices import TeacherChoice, Tune
 from kdbench.recipe.datasets import check_parts, spec_of_card
-from kdbench.recipe.loading import load, typed
+from kdbench.recipe.loading import load, typed_recipe
 from kdbench.recipe.model_specs import DataSpec
 from kdbench.recipe.networks import teacher_spec
 from kdbench.recipe.specs import CellSpec, TeacherSpec
@@ -121,7 +121,7 @@ def plan(
         UserError: for whatever the schema and the cards can tell.
     """
     tree = load(recipe, overrides)
-    base = typed(tree)
+    base = typed_recipe(tree)
     # No more than are too many: how many cells there are is checked with the comparison.
     seeds = list(range(min(base.seeds, MOST_CELLS))) if isinstance(base.seeds, int) else base.seeds
     if not seeds or len(set(seeds)) != len(seeds):

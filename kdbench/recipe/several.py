@@ -37,9 +37,7 @@ def several_teachers(members: Sequence[TeacherSpec], where: str) -> TeacherSpec:
     channels = len(members[0].normalization.mean)
     return TeacherSpec(
         name=name,
-        model=ModelSpec(
-            name=name, target="kdbench.models.several:Several", hooks=hooks, parts=parts, source_sha256=None, version=1
-        ),
+        model=ModelSpec(name=name, target="kdbench.models.several:Several", hooks=hooks, parts=parts),
         normalization=Normalization(mean=[0.0] * channels, std=[1.0] * channels),
-        members=list(members),
+        members=[*members],
     )

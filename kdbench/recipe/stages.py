@@ -30,7 +30,7 @@ NAMED_KINDS = PARTS | {"connector": "connectors", "weight_schedule": "schedules"
 
 
 def stage_spec(
-    card: StageCard, tree: Tree, protocol: Tree, registry: Registry, what: str, modules: Collection[str] = ()
+    card: StageCard, tree: Tree, protocol: Tree, registry: Registry, what: str, modules: Collection[str]
 ) -> StageSpec:
     """A stage of a method.
 

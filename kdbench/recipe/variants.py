@@ -55,9 +55,7 @@ def variants(recipe: Recipe, tree: Tree) -> Iterator[Variant]:
     seeds = recipe.seeds if isinstance(recipe.seeds, int) else len(recipe.seeds)
     if (cells := seeds * math.prod(map(len, recipe.compare.values()))) > MOST_CELLS:
         where = tree.origin(("seeds",) if seeds > MOST_CELLS else ("compare",))
-        raise UserError(
-            f"{cells:,} cells, more than {MOST_CELLS:,}", where=where, hint="split the recipe, or take fewer seeds"
-        )
+        raise UserError(f"{cells:,} cells, more than {MOST_CELLS:,}", where, "split the recipe, or take fewer seeds")
     tried = recipe.tune.trials * len(recipe.tune.seeds) * cells // max(seeds, 1) if recipe.tune else 0
     if tried > MOST_CELLS:
         hint = "take fewer 'trials' or seeds of 'tune', or compare less"

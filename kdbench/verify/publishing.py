@@ -106,9 +106,7 @@ def _target(target: Path, run: Path, cells: list[str], replace: bool) -> Path:
     if target.resolve() == run.resolve():
         raise UserError("this is the published copy itself", where=str(run), hint="give the run: runs/<recipe>")
     if target.exists() and not (target / RUN).is_file():
-        raise UserError(
-            "this is not a folder of results, so nothing was written", where=str(target), hint="give another --out"
-        )
+        raise UserError("this is not a folder of results, so nothing was written", str(target), "give another --out")
     if target.exists() and not replace and (what := lost(target, cells)):
         hint = "run the recipe with all of them, or say 'kdbench publish' with another --out, or --replace"
         raise UserError(what, str(target), hint)

@@ -175,10 +175,10 @@ def counted_again(
         except UserError as error:
             found[name] = [], [error.what]
             continue
-        counted = {of: value for of, value in numbers[name].items() if of in said}
+        compared = {of: value for of, value in numbers[name].items() if of in said}
         # They are recorded with four decimals.
-        wrong = {of: v for of, v in counted.items() if not said[of][0] - 1e-4 <= v <= said[of][1] + 1e-4}
-        found[name] = ([*counted], [f"{of} is {v}, the test logits say {_text(said[of])}" for of, v in wrong.items()])
+        wrong = {of: v for of, v in compared.items() if not said[of][0] - 1e-4 <= v <= said[of][1] + 1e-4}
+        found[name] = ([*compared], [f"{of} is {v}, the test logits say {_text(said[of])}" for of, v in wrong.items()])
     return found
 
 

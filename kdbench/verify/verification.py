@@ -4,9 +4,10 @@ Imports torch only where there are test logits. What cannot be checked (a record
 verdict too, never passed over.
 """
 
+import functools
 import json
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from kdbench.engine.workers.finished import names
 from kdbench.engine.workers.tuning import chosen, known_of, tried_plan
 from kdbench.errors import CellError, UserError, counted
 from kdbench.files import BEST, LOGITS, RECORD, RUN, STUDENT, TRIALS, meant, sha256_of
-from kdbench.recipe.planning import Plan, identity_of, plan
+from kdbench.recipe.planning import Plan, PlannedCell, identity_of, plan
 from kdbench.recipe.recorded import NotHere, cell_of
 from kdbench.recipe.specs import CellSpec, recorded
+from kdbench.record import Record
 from kdbench.registry import Registry
 from kdbench.results.page import without_charts
 from kdbench.results.tables import build
@@ -39,10 +41,12 @@ def verify(path: Path, registry: Registry, roots: Iterable[Path] = ()) -> list[F
     if not (path / RUN).is_file():
         raise UserError(f"there is no {RUN}", str(path), meant(path, "a folder that holds one comparison", RUN))
     folder = read_folder(path)
+    # Those that cannot be built are refused anew by each check.
+    cell = functools.cache(lambda name: cell_of(folder.records[name].spec, registry, name))
     checks: list[Iterable[Finding]] = [
         *(check(folder) for check in (_sums, _plan_is_there, _sound, _files, _identities, _shared, _tables)),
-        _logits(folder, registry, roots),
-        _cards(folder, registry),
+        _logits(folder, cell, roots),
+        _cards(folder, cell),
         _planned_again(folder, registry),
     ]
     return [*folder.unread, *(finding for check in checks for finding in _told(check))]
@@ -135,8 +139,12 @@ def _files(folder: Folder) -> Iterator[Finding]:
         yield Finding("agrees", f"{held} of weights and logits compared with the sha256 in their records", "files")
 
 
-def _logits(folder: Folder, registry: Registry, roots: Iterable[Path]) -> Iterator[Finding]:
-    """What records say of their answers follows from the logits beside them, where the data are here."""
+def _logits(folder: Folder, cell: Callable[[str], CellSpec], roots: Iterable[Path]) -> Iterator[Finding]:
+    """What records say of their answers follows from the logits beside them, where the data are here.
+
+    Args:
+        cell: builds that of a record from the cards that it names.
+    """
     held = {name: record for name, record in folder.records.items() if (folder.path / name / LOGITS).is_file()}
     check = "results against the test logits"
     if lacking := len(folder.records) - len(held):
@@ -146,7 +154,7 @@ def _logits(folder: Folder, registry: Registry, roots: Iterable[Path]) -> Iterat
     from kdbench.verify.recount import counted_again, recorded_numbers
 
     try:
-        data = {name: cell_of(record.spec, registry, name).tested for name, record in held.items()}
+        data = {name: cell(name).tested for name in held}
         numbers = {name: recorded_numbers(record, folder.histories.get(name, [])) for name, record in held.items()}
         found = counted_again(held, numbers, data, roots)
     except UserError as error:
@@ -177,9 +185,8 @@ def _identities(folder: Folder) -> Iterator[Finding]:
     """
     by_version: dict[tuple[str, str], dict[str, bool]] = defaultdict(dict)
     for name, record in folder.records.items():
-        spec = record.resolved
         writer = (record.kdbench, record.git.commit[:12] if record.git else "unknown")
-        by_version[writer][name] = spec is not None and record.identity in spec.identities()
+        by_version[writer][name] = _is_recomputed(record)
     equal = 0
     for (version, commit), same in by_version.items():
         if not any(same.values()):
@@ -198,12 +205,12 @@ def _identities(folder: Folder) -> Iterator[Finding]:
         yield Finding("agrees", f"{equal} recomputed from the resolved recipes", "identities")
 
 
-def _cards(folder: Folder, registry: Registry) -> Iterator[Finding]:
+def _cards(folder: Folder, cell: Callable[[str], CellSpec]) -> Iterator[Finding]:
     """Each record against the cards that it names: only what these are is ever built."""
     absent: dict[str, list[str]] = defaultdict(list)
-    for name, record in folder.records.items():
+    for name in folder.records:
         try:
-            cell_of(record.spec, registry, name)
+            cell(name)
         except NotHere as error:
             absent[f"{error.what}; {error.hint}"].append(name)
         except UserError as error:
@@ -250,7 +257,8 @@ def _shared(folder: Folder) -> Iterator[Finding]:
         of = spec.teacher.trained_by
         # In the form of today: versions differ in what they leave out.
         add(name, "teacher's description", teacher, recorded(spec.teacher))
-        trained = next((r for r in others if of and r.identity in of.identities()), None)
+        identities = of.identities() if of else ()
+        trained = next((r for r in others if r.identity in identities), None)
         if trained is None or name not in folder.planned:
             continue
         if (weights := trained.files.get(STUDENT)) is not None:
@@ -321,8 +329,7 @@ def _planned_again(folder: Folder, registry: Registry) -> Iterator[Finding]:
         for cell in today.cells
     }
     if list(by_slug) != cells:
-        specs = [record.resolved for record in folder.planned.values()]
-        ours = any(spec is not None and _recomputed(spec, folder) for spec in specs)
+        ours = any(map(_is_recomputed, folder.planned.values()))
         other = len(set(by_slug) - set(cells))
         yield Finding(
             "disagrees" if ours else "unchecked",
@@ -332,6 +339,14 @@ def _planned_again(folder: Folder, registry: Registry) -> Iterator[Finding]:
             "" if ours else check,
         )
         return
+    yield from _named_otherwise(folder, today, by_slug)
+    if folder.run.title != today.title:
+        yield Finding("disagrees", "its title is not that of its recipe", RUN)
+    yield Finding("agrees", "planned with the cards of today it gives these very cells", RUN)
+
+
+def _named_otherwise(folder: Folder, today: Plan, by_slug: dict[str, PlannedCell]) -> Iterator[Finding]:
+    """What records say of their cells' names and places that a plan of today says otherwise."""
     renamed: dict[str, None] = {}
     present = {slug: folder.records[slug] for slug in by_slug if slug in folder.records}
     # A cell may have been trained as part of a larger comparison: what counts is which cells come before which.
@@ -351,9 +366,6 @@ def _planned_again(folder: Folder, registry: Registry) -> Iterator[Finding]:
             else:
                 yield Finding("disagrees", f"cell.{key} is {in_record.get(key)}, its recipe plans {value}", slug)
     yield from (Finding("remark", what, "labels") for what in renamed)
-    if folder.run.title != today.title:
-        yield Finding("disagrees", "its title is not that of its recipe", RUN)
-    yield Finding("agrees", "planned with the cards of today it gives these very cells", RUN)
 
 
 def _as_run(today: Plan, folder: Folder) -> Plan:
@@ -380,6 +392,6 @@ def _places(orders: dict[str, int | None]) -> dict[str, int]:
     return {name: among.index(order or 0) for name, order in orders.items()}
 
 
-def _recomputed(spec: CellSpec, folder: Folder) -> bool:
-    ours = spec.identities()
-    return any(record.identity in ours for record in folder.planned.values())
+def _is_recomputed(record: Record) -> bool:
+    """Whether a record's identity is that of its resolved recipe, as this version computes it."""
+    return record.resolved is not None and record.identity in record.resolved.identities()

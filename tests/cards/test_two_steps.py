@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 from card_checks import check_card
+from shipped import REGISTRY
 from tiny import images, member_of, networks_for, shortened, target_for, train
 from torch import Tensor, nn
 
@@ -18,9 +19,7 @@ from kdbench.engine.teachers.loading import fingerprint
 from kdbench.recipe.loading import recipe_names
 from kdbench.recipe.planning import plan
 from kdbench.recipe.specs import CellSpec
-from kdbench.registry import Registry
 
-REGISTRY = Registry()
 CARDS = [(kind, name) for kind in KINDS for name in REGISTRY.names(kind)]
 METHODS = REGISTRY.names("methods")
 

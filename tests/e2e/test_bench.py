@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import Kdbench
+from shipped import DIGITS, REGISTRY
 
 from kdbench.bench.compare import Benchmark, LaneTimer, Machine, cells_of
 from kdbench.bench.gpu import Pair, bench_gpu, result_lines
@@ -18,7 +19,6 @@ from kdbench.cli.bench import measured_plans
 from kdbench.engine.computing.compute import Computing
 from kdbench.recipe.planning import plan
 from kdbench.recipe.timeline import planned_timeline
-from kdbench.registry import Registry
 
 RECIPE = """\
 data: cifar10
@@ -57,29 +57,22 @@ def test_a_recipe_without_a_logit_method_is_told(kdbench: Kdbench, tmp_path: Pat
 
 
 def test_what_stands_for_all_on_a_gpu() -> None:
-    pair, crd = measured_plans(None, Registry(), gpu=True)
+    pair, crd = measured_plans(None, REGISTRY, gpu=True)
     assert len(cells_of(pair)[1]) == 7 and len(cells_of(crd)[1]) == 5
     assert crd.cells[0].spec.protocol.batch_size == 64
 
 
-@pytest.mark.parametrize("device", ["cuda:99", "tpu"])
-def test_a_device_that_is_not_there_is_told(kdbench: Kdbench, device: str) -> None:
-    done = kdbench("bench", "--no-peers", "--device", device, code=2)
-    assert device in done.stderr and "Traceback" not in done.stderr
+def test_a_device_that_is_not_there_is_told(kdbench: Kdbench) -> None:
+    done = kdbench("bench", "--no-peers", "--device", "cuda:99", code=2)
+    assert "cuda:99" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_what_a_gpu_measures_is_made_of_lanes_that_start_at_once(tmp_path: Path) -> None:
     """Here on the processor, which records no steps: the lanes, their turns, and what is left out in time are the
     same."""
-    recipe = {
-        "data": "digits",
-        "teacher": "wrn_16_2_digits",
-        "student": "wrn_10_1",
-        "protocol": {"name": "digits", "batch_size": 2},
-        "compare": {"method": ["ce", "kd"]},
-    }
+    recipe = DIGITS | {"protocol": {"name": "digits", "batch_size": 2}, "compare": {"method": ["ce", "kd"]}}
     machine = Machine({}, ("float32",), False, lambda precision: 1e9)
-    pairs = [Pair(plan(recipe, Registry()), {"teacher": 2e6, "student": 1e6})]
+    pairs = [Pair(plan(recipe, REGISTRY), {"teacher": 2e6, "student": 1e6})]
     # A lane that is never ready is left out, and said so; the others keep their times.
     pairs[0].lanes["late"] = [Lane("sleeps", "plain", [], Computing())]
     said: list[str] = []
@@ -93,11 +86,11 @@ def test_what_a_gpu_measures_is_made_of_lanes_that_start_at_once(tmp_path: Path)
     assert set(result.roles) == {"run", "cohort"} and all(len(row.rates) == 2 for row in result.rows)
     assert any("left out" in line and "sleeps" in line for line in said)
     (whole,) = times.values()
-    steps, evaluations = planned_timeline(cells_of(pairs[0].plan)[0]).total, times
+    steps = planned_timeline(cells_of(pairs[0].plan)[0]).total
     assert whole["run"]["minutes"] == pytest.approx(
         steps * 2 / result.roles["run"].median / 60 / (1 - whole["run"]["evaluations"])
     )
-    assert 0 < whole["run"]["evaluations"] < 1 and evaluations
+    assert 0 < whole["run"]["evaluations"] < 1
     # Round by round, so that who is cut off has what was measured.
     assert len(kept) == 3 and kept[0]["rows"][0]["rows"][0]["images_per_second"]
     text = result_lines(results, times)

@@ -6,18 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from shipped import DIGITS, REGISTRY
 
 from kdbench.engine.computing.compute import Memory
 from kdbench.engine.scheduling import Begun, Cells, CellState, Memories, balanced, begin, cohorts_of, joined, kind
 from kdbench.recipe.planning import plan
-from kdbench.registry import Registry
-
-REGISTRY = Registry()
-RECIPE: dict[str, Any] = {"data": "digits", "teacher": "wrn_16_2_digits", "student": "wrn_10_1", "protocol": "digits"}
 
 
 def work(**recipe: Any) -> Cells:
-    cells = plan(RECIPE | recipe, REGISTRY).cells
+    cells = plan(DIGITS | recipe, REGISTRY).cells
     return [CellState(cell, i) for i, cell in enumerate(cells)]
 
 

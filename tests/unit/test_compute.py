@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from shipped import REGISTRY
 from tiny import CPU, batches_for, images, networks_for, shortened, step, target_for, train, untrained_teacher
 
 from kdbench.engine.computing import choosing, compute
@@ -21,9 +22,7 @@ from kdbench.errors import UserError
 from kdbench.recipe.choices import ComputeChoice
 from kdbench.recipe.planning import plan
 from kdbench.recipe.specs import CellSpec
-from kdbench.registry import Registry
 
-REGISTRY = Registry()
 METHODS = REGISTRY.names("methods")
 RECIPE: dict[str, Any] = {
     # With all that a method may need: validation images, and a route of the teacher.

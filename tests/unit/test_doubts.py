@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import save_file
+from shipped import REGISTRY
 from synthetic import comparison, make
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,10 +29,8 @@ from kdbench.files import sha256_of
 from kdbench.recipe.planning import plan
 from kdbench.recipe.specs import CellSpec
 from kdbench.record import Record
-from kdbench.registry import Registry
 from kdbench.results.tables import build
 
-SHIPPED = Registry()
 CLASSES = 10
 
 
@@ -109,7 +108,7 @@ def test_a_teacher_off_its_recorded_accuracy_is_doubted() -> None:
 def cell(**teacher: Any) -> CellSpec:
     recipe = {"data": "digits", "student": "wrn_10_1", "protocol": "digits", "method": "kd"}
     named = {"name": "wrn_16_2_digits"} if "model" not in teacher else {}
-    return plan(recipe | {"teacher": named | teacher}, SHIPPED).cells[0].spec
+    return plan(recipe | {"teacher": named | teacher}, REGISTRY).cells[0].spec
 
 
 @pytest.fixture
@@ -213,7 +212,7 @@ def records(**over: Any) -> list[Any]:
     specs = plan(
         {"data": "digits", "student": "wrn_10_1", "protocol": "digits", "teacher": "wrn_16_2_digits"}
         | {"compare": {"method": ["ce", "kd"]}},
-        SHIPPED,
+        REGISTRY,
     ).cells
     plain = {c.spec.method.name: c.spec.model_dump(mode="json") for c in specs}
     return [

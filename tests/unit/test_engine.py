@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from shipped import DIGITS, REGISTRY
 from tiny import CPU, changed_at, images, killed, member_of, sets_at, shortened, train, untrained_teacher
 
 from kdbench.engine import checkpoint
@@ -29,15 +30,11 @@ from kdbench.errors import UserError
 from kdbench.losses.ab import activation_boundary
 from kdbench.recipe.planning import plan
 from kdbench.recipe.specs import CellSpec
-from kdbench.registry import Registry
 from kdbench.schedules import Moment
-
-REGISTRY = Registry()
-RECIPE: dict[str, Any] = {"data": "digits", "teacher": "wrn_16_2_digits", "student": "wrn_10_1", "protocol": "digits"}
 
 
 def cell(method: str | dict[str, Any], seed: int = 0, steps: int = 8, **more: Any) -> CellSpec:
-    spec = plan(RECIPE | more | {"method": method, "seeds": [seed]}, REGISTRY).cells[0].spec
+    spec = plan(DIGITS | more | {"method": method, "seeds": [seed]}, REGISTRY).cells[0].spec
     return shortened(spec, steps)
 
 
@@ -120,8 +117,8 @@ def test_an_epoch_sees_every_image_once() -> None:
 
 
 def test_steps_of_an_extra_budget_do_not_shift_the_others() -> None:
-    spec = plan(RECIPE | {"method": "ab_crd", "epochs": 2}, REGISTRY).cells[0].spec
-    plain = plan(RECIPE | {"method": "ce", "epochs": 2}, REGISTRY).cells[0].spec
+    spec = plan(DIGITS | {"method": "ab_crd", "epochs": 2}, REGISTRY).cells[0].spec
+    plain = plan(DIGITS | {"method": "ce", "epochs": 2}, REGISTRY).cells[0].spec
     data = images(spec.data)
     extra, base = Batches(spec, data, CPU), Batches(plain, data, CPU)
     member, other = Member(spec, extra, untrained_teacher(spec), CPU), Member(plain, base, None, CPU)
@@ -256,7 +253,7 @@ def test_a_validation_part_is_measured_beside_the_test_part_or_in_its_place(
 ) -> None:
     monkeypatch.setattr("kdbench.engine.data.batch.SLICE", {"cpu": 17})
     data = {"name": "digits", "validation": 20, "tested_on": tested_on}
-    spec = plan(RECIPE | {"method": "ce", "data": data}, REGISTRY).cells[0].spec
+    spec = plan(DIGITS | {"method": "ce", "data": data}, REGISTRY).cells[0].spec
     member, batches, _ = member_of(spec, images(spec.data, per_class=4))
     found = evaluate(member)
     assert {*found} == parts
@@ -382,7 +379,7 @@ def test_a_pair_that_no_connector_can_bridge_is_told_with_its_place() -> None:
     method = {"name": "ab", "stages": {"boundaries": {"losses": {"boundary": {"connector": "conv1x1_bn"}}}}}
     spec = (
         plan(
-            RECIPE
+            DIGITS
             | {
                 "student": "vgg8",
                 "data": "cifar10",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from shipped import REGISTRY
 from synthetic import plain_record, write
 
 from kdbench.engine.computing.estimate import Estimate, Size
@@ -15,9 +16,7 @@ from kdbench.engine.networks.build import build_model
 from kdbench.recipe.model_specs import DataSpec
 from kdbench.recipe.planning import PlannedCell, plan
 from kdbench.recipe.timeline import training_images, validation_images
-from kdbench.registry import Registry
 
-REGISTRY = Registry()
 RECIPE = {
     "data": {"name": "digits", "per_class": 10},
     "teacher": "wrn_16_2_digits",

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from shipped import REGISTRY
 from tiny import TRANSFORMER
 
 from kdbench.engine.computing.compute import Computing
@@ -17,11 +18,9 @@ from kdbench.models.hooks import Extractor
 from kdbench.models.points import LOGITS
 from kdbench.models.probing import undisturbed
 from kdbench.recipe.planning import plan
-from kdbench.registry import Registry
 
 UNCHANGED = Normalizer(Normalization(mean=[0.0] * 3, std=[1.0] * 3), (32, 32), torch.device("cpu"))
 
-REGISTRY = Registry()
 SHAPE = (3, 32, 32)
 OWN = ["wrn_10_2", "resnet20", "bss_resnet14", "crd_resnet20", "resnet8x4", "vgg8", "mobilenetv2_half"]
 # Both overwrite hook points in place.

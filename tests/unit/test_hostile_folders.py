@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import save_file
+from shipped import REGISTRY
 
 import kdbench
 from kdbench.cli import main
@@ -31,12 +32,11 @@ from kdbench.engine.workers import runner
 from kdbench.errors import UserError
 from kdbench.files import sha256_of
 from kdbench.methods.deep_inversion.made import MadeImages
-from kdbench.reading import DEEPEST, LARGEST, inside, parsed, plain_name, read_json
+from kdbench.reading import LARGEST, inside, parsed, plain_name, read_json
 from kdbench.recipe.choices import ComputeChoice
 from kdbench.recipe.planning import Plan, plan, run_name
 from kdbench.recipe.specs import CellSpec
 from kdbench.record import read_record
-from kdbench.registry import Registry
 from kdbench.results.tables import build
 from kdbench.results.texts import texts
 from kdbench.tree import Tree
@@ -178,22 +178,15 @@ DEEP = "[" * 100_000 + "]" * 100_000
 RECORD, METRICS = f"{KD}/record.json", f"{KD}/metrics.jsonl"
 POOL_FILE = "../sources/synthesized/a/pool.json"
 
-# What is done to the folder, and the commands that must refuse it.
+# What is done to the folder, and the commands that must refuse it. How each file is read is tested below and in
+# test_record.
 VARIANTS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     # recipe.json: names are no paths.
     "name is a path up": (change("recipe.json", "name", "../evil"), ("publish", "verify", "table")),
-    "name is absolute": (change("recipe.json", "name", "/tmp/evil"), ("publish", "verify")),
-    "name is ..": (change("recipe.json", "name", ".."), ("publish", "verify")),
-    "name is empty": (change("recipe.json", "name", ""), ("publish", "verify")),
-    "name is hidden": (change("recipe.json", "name", ".git"), ("publish", "verify")),
     "name is a number": (change("recipe.json", "name", 5), ("publish", "verify")),
-    "name is long": (change("recipe.json", "name", "x" * 5000), ("publish", "verify")),
     "name has an escape": (change("recipe.json", "name", "\x1b[2Jx"), ("publish", "verify")),
     "a cell is a path up": (change("recipe.json", "cells", [CE, "../../outside/cell"]), ("publish", "verify", "table")),
-    "a cell is absolute": (change("recipe.json", "cells", [CE, "/etc"]), ("publish", "verify", "table")),
-    "a cell is the folder": (change("recipe.json", "cells", [CE, "."]), ("publish", "verify", "table")),
     "a cell is a number": (change("recipe.json", "cells", [CE, 7]), ("publish", "verify", "table")),
-    "a cell is null": (change("recipe.json", "cells", [None]), ("publish", "verify", "table")),
     "a cell is there twice": (change("recipe.json", "cells", [CE, KD, CE]), ("publish", "verify", "table")),
     "cells are a mapping": (change("recipe.json", "cells", {CE: 1}), ("publish", "verify", "table")),
     "cells are a text": (change("recipe.json", "cells", CE), ("publish", "verify", "table")),
@@ -216,18 +209,10 @@ VARIANTS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     # record.json.
     "a record is a pipe": (pipe, ("publish", "verify")),
     "a record is deep": (put(RECORD, '{"schema": 1, "kdbench": ' + DEEP + "}"), ("verify", *READERS)),
-    "a record is rather deep": (change(RECORD, "novelty", Raw("[" * DEEPEST + "]" * DEEPEST)), ("verify", "table")),
     "an accuracy is NaN": (change(RECORD, "result.test.last", float("nan")), ("verify", "table")),
-    "an accuracy is infinite": (change(RECORD, "result.test.last", Raw("1e999")), ("verify", "table")),
     "an accuracy stands twice": (named_twice, ("verify", "table")),
-    "a number is out of bounds": (change(RECORD, "budget.steps", 10**400), ("verify", "table")),
     "a label has an escape": (change(RECORD, "cell.label", "\x1b[2J"), ("verify", "table")),
-    "a label has half a character": (change(RECORD, "cell.label", "\ud800"), ("verify", "table")),
-    "a student is a list": (change(RECORD, "spec.student", [1]), ("verify", "table")),
-    "stages are a text": (change(RECORD, "spec.method.stages", "x"), ("verify", "table")),
     "a schedule is a number": (change(RECORD, "spec.method.stages.classification.schedule", 5), ("verify", "table")),
-    "seeds are a list": (change(RECORD, "seeds", [1]), ("verify", "table")),
-    "streams are a number": (change(RECORD, "seeds", {"streams": 5}), ("verify", "table")),
     "no data": (change(RECORD, "spec.data", None), ("verify",)),
     "a budget of forever": (change(RECORD, "spec.protocol.epochs", 1e306), ("verify",)),
     "tests without end": (change(RECORD, "spec.evaluations", 10**9), ("verify",)),
@@ -235,24 +220,9 @@ VARIANTS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "the teacher's name is a path": (change(RECORD, "spec.teacher.name", "../../../outside"), ("verify", "publish")),
     # metrics.jsonl.
     "metrics have a list": (put(METRICS, "[1]\n"), ("verify", "publish", "plot")),
-    "metrics are deep": (put(METRICS, f'{{"step": 1, "x": {DEEP}}}\n'), ("verify", "publish")),
-    "metrics have a text": (put(METRICS, '{"step": 1, "test": {"accuracy": "x"}}\n'), ("verify", "publish")),
-    "metrics have a text for a loss": (
-        put(METRICS, '{"step": 1, "test": {"accuracy": 1, "loss": "x"}}\n'),
-        ("verify", "publish"),
-    ),
     "metrics have no accuracy": (put(METRICS, '{"step": 1, "test": {"acc": 5}}\n'), ("verify", "publish")),
-    "metrics have no part": (put(METRICS, '{"step": 1, "test": null}\n'), ("verify", "publish")),
-    "metrics have NaN": (put(METRICS, '{"step": 1, "test": {"accuracy": NaN}}\n'), ("verify", "publish")),
-    "metrics have a huge step": (put(METRICS, f'{{"step": {10**400}}}\n'), ("verify", "publish")),
-    "a metric is a list": (put(METRICS, '{"step": 1, "metrics": {"m": [1]}}\n'), ("verify", "publish")),
-    "an earlier agreement is a list": (put(METRICS, '{"step": 1, "agreement": [1]}\n'), ("verify", "publish")),
     # Pools of made images.
     "a pool is a list": (put(POOL_FILE, "[]"), ("judge",)),
-    "a pool says nothing": (put(POOL_FILE, "{}"), ("judge",)),
-    "a pool is deep": (put(POOL_FILE, DEEP), ("judge",)),
-    "a pool's classes are a text": (put(POOL_FILE, json.dumps(POOL | {"classes": "x"})), ("judge",)),
-    "a pool has no shape": (put(POOL_FILE, json.dumps(POOL | {"image_shape": [1]})), ("judge",)),
     "a batch has no number": (put("../sources/synthesized/a/batch_x.json", "{}"), ()),
 }
 
@@ -317,7 +287,7 @@ def begun_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @functools.cache
 def planned() -> Plan:
     recipe = {"data": "digits", "student": "wrn_10_1", "protocol": "digits", "steps": 1, "method": "ce"}
-    return plan(recipe, Registry())
+    return plan(recipe, REGISTRY)
 
 
 KEY = compute.key(ComputeChoice())
@@ -409,7 +379,7 @@ def test_a_recipe_with_such_a_name_is_refused_and_others_are_not(tmp_path: Path)
     recipe = "{data: digits, student: wrn_10_1, protocol: digits, steps: 1, method: ce}"
     (tmp_path / "teachers.yaml").write_text(recipe)
     with pytest.raises(UserError, match="keep shared files"):
-        plan(tmp_path / "teachers.yaml", Registry())
+        plan(tmp_path / "teachers.yaml", REGISTRY)
     for name in ("a b", "kd.v2", "-x", "дистилляция", "100%", "teachers2"):
         assert run_name(f"x/{name}.yaml") == name
 
@@ -423,8 +393,8 @@ def test_runs_whose_names_differ_in_case_alone_are_refused(tmp_path: Path, monke
 def test_a_cell_of_many_words_has_a_name_that_file_systems_take(tmp_path: Path) -> None:
     recipe = {"data": "digits", "student": "wrn_10_1", "protocol": "digits", "steps": 1, "method": "ce"}
     long = [{"root": letter * 150} for letter in "äb"]
-    cells = plan({**recipe, "compare": {"data.root": [one["root"] for one in long]}}, Registry()).cells
-    many = plan({**recipe, "compare": {"data.root": ["ж" * 150]}}, Registry()).cells
+    cells = plan({**recipe, "compare": {"data.root": [one["root"] for one in long]}}, REGISTRY).cells
+    many = plan({**recipe, "compare": {"data.root": ["ж" * 150]}}, REGISTRY).cells
     for cell in [*cells, *many]:
         inside(tmp_path, cell.slug).mkdir()
         assert cell.slug.endswith(cell.spec.identity()[:8])
@@ -519,6 +489,18 @@ def test_made_images_of_another_form_are_refused_though_their_sum_fits(
     assert error.value.where == str(pool.file(0)) and error.value.hint
 
 
+@pytest.mark.parametrize(
+    "about",
+    ["{}", DEEP, json.dumps(POOL | {"classes": "x"}), json.dumps(POOL | {"image_shape": [1]})],
+    ids=lambda v: v[:18],
+)
+def test_what_a_pool_of_made_images_says_is_not_believed_unread(about: str, tmp_path: Path) -> None:
+    (tmp_path / "pool.json").write_text(about)
+    with pytest.raises(UserError, match="damaged") as error:
+        MadeImages.at(tmp_path)
+    assert error.value.where == str(tmp_path / "pool.json") and error.value.hint
+
+
 def test_a_file_of_weights_that_holds_something_else_is_told(tmp_path: Path) -> None:
     for content in ([1, 2], torch.zeros(2), {1: torch.zeros(2)}, {"a": torch.zeros(2), "epoch": 3}, {"a": "text"}):
         torch.save(content, tmp_path / "w.pth")
@@ -583,7 +565,9 @@ def test_no_file_and_a_folder_are_told(tmp_path: Path) -> None:
         assert error.value.where == str(place) and error.value.hint == "do this"
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a", "a\\b", "a\0b", "a\n", " a", "a.", "aux.txt", "x" * 201])
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", ".git", "a/b", "/a", "a\\b", "a\0b", "a\n", " a", "a.", "aux.txt", "x" * 201]
+)
 def test_a_name_from_data_leads_to_nowhere_else(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError):
         plain_name(name)

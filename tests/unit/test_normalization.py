@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from shipped import REGISTRY
 
 from kdbench.errors import UserError
 from kdbench.files import sha256_of
@@ -18,7 +19,6 @@ from kdbench.recipe.remarks import remarks
 from kdbench.recipe.specs import CellSpec
 from kdbench.registry import Registry
 
-SHIPPED = Registry()
 CARDS = """\
 datasets:
   mine:
@@ -116,7 +116,7 @@ def test_what_pixels_or_networks_may_have(mean: float, std: float) -> None:
 
 def of(**recipe: Any) -> list[str]:
     base = {"data": "digits", "student": "wrn_10_1", "protocol": "digits", "method": "ce"}
-    return remarks([plan(base | recipe, SHIPPED).cells[0].spec])
+    return remarks([plan(base | recipe, REGISTRY).cells[0].spec])
 
 
 def test_a_protocol_that_replaces_the_data_cards_normalization_says_so() -> None:
@@ -152,7 +152,7 @@ def student(folder: Path, **changes: Any) -> Path:
     save_file({"weight": torch.zeros(1)}, file)
     own = {"mean": [0.5], "std": [0.25]}
     recipe = {"data": "digits", "student": "wrn_10_1", "protocol": {"name": "digits", "normalization": own}}
-    spec = plan(recipe | {"method": "ce"}, SHIPPED).cells[0].spec.model_dump(mode="json", exclude_none=True)
+    spec = plan(recipe | {"method": "ce"}, REGISTRY).cells[0].spec.model_dump(mode="json", exclude_none=True)
     spec["data"] |= changes.pop("data", {})
     spec["student"] |= changes.pop("student", {})
     record = {
@@ -173,7 +173,7 @@ def taught_by(file: Path, method: str = "kd", **teacher: Any) -> CellSpec:
         "method": method,
         "teacher": {"model": "wrn_10_1", "weights": str(file)} | teacher,
     }
-    return plan(recipe, SHIPPED).cells[0].spec
+    return plan(recipe, REGISTRY).cells[0].spec
 
 
 def test_a_student_that_teaches_brings_its_normalization_along(tmp_path: Path) -> None:

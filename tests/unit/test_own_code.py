@@ -15,6 +15,7 @@ import torch
 import yaml
 from captured import cohort_of, trained
 from conftest import ROOT
+from shipped import DIGITS
 from tiny import member_of, shortened, train
 
 from kdbench.engine.checks.cells import Known, check_cell
@@ -247,6 +248,14 @@ def whole_number(student: Tensor, teacher: Tensor):
     return student.argmax()
 
 
+def not_a_number(student: Tensor, teacher: Tensor):
+    return (student - teacher).mean() * float("nan")
+
+
+def misspelt(student: Tensor, teacher: Tensor):
+    return no_such_name
+
+
 class NoShapes(nn.Module):
     def forward(self, student: Tensor, teacher: Tensor):
         return F.mse_loss(student, teacher)
@@ -328,13 +337,17 @@ def registry(folder: Path, cards: dict[str, Any], **modules: str) -> Registry:
 
 
 def spec_of(cards: Registry, steps: int = 4, **recipe: Any) -> CellSpec:
-    base = {"data": "digits", "teacher": "wrn_16_2_digits", "student": "wrn_10_1", "protocol": "digits", "method": "kd"}
-    (planned,) = plan(base | recipe, cards).cells
+    (planned,) = plan(DIGITS | {"method": "kd"} | recipe, cards).cells
     return shortened(planned.spec, steps)
 
 
 def network(name: str) -> dict[str, Any]:
     return {"models": {"own": {"target": f"own_nets:{name}", "hooks": "derived"}}}
+
+
+def hooked(name: str, points: dict[str, str]) -> dict[str, Any]:
+    """Cards of a network, with hook points of its own."""
+    return {"models": {"own": {"target": f"own_nets:{name}", "hooks": "own"}}, "hooks": {"own": {"points": points}}}
 
 
 def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -423,26 +436,28 @@ def test_a_teacher_needs_no_gradient(folder: Path) -> None:
         check_cell(spec_of(cards, teacher={"model": "own", "untrained": True}, method="dml"))
 
 
+def activated(folder: Path, place: str) -> Registry:
+    """Cards of a network of many kinds of ReLU, with a place for its pre-activation."""
+    return registry(folder, hooked("Activated", {"layer1": "relu", "layer1.preact": place}), own_nets=NETS)
+
+
 @pytest.mark.parametrize("place", ["block", "clamped", "relu6", "relu", "input(norm)", "input(signed)"])
 def test_what_a_relu_gave_is_no_pre_activation(folder: Path, place: str) -> None:
     """Else AB would learn boundaries that are not there, without a word."""
-    card = {"models": {"own": {"target": "own_nets:Activated", "hooks": "own"}}}
-    points = {"layer1": "relu"}
-    cards = registry(folder, card | {"hooks": {"own": {"points": points | {"layer1.preact": place}}}}, own_nets=NETS)
     with pytest.raises(UserError) as told:
-        check_cell(spec_of(cards, student="own"))
+        check_cell(spec_of(activated(folder, place), student="own"))
     said = rf"'layer1.preact' \({re.escape(place)}\) of model 'own' is what a ReLU gives.*\n.*'input\(PATH\)'"
     assert re.search(said, str(told.value))
-    for right in ("conv", "input(relu6)", "input(relu)", "signed"):
-        cards = registry(folder, card | {"hooks": {"own": {"points": points | {"layer1.preact": right}}}})
-        check_cell(spec_of(cards, student="own"))
+
+
+@pytest.mark.parametrize("place", ["conv", "input(relu6)", "input(relu)", "signed"])
+def test_what_no_relu_gave_is_a_pre_activation(folder: Path, place: str) -> None:
+    check_cell(spec_of(activated(folder, place), student="own"))
 
 
 def test_a_frozen_teacher_may_do_what_no_gradient_goes_back_through(folder: Path) -> None:
     """The look at its graph ended with torch's own error."""
-    hooks = {"own": {"points": {"layer1": "relu", "layer1.preact": "head"}}}
-    card = {"models": {"own": {"target": "own_nets:KeepsBounded", "hooks": "own"}}, "hooks": hooks}
-    cards = registry(folder, card, own_nets=NETS)
+    cards = registry(folder, hooked("KeepsBounded", {"layer1": "relu", "layer1.preact": "head"}), own_nets=NETS)
     file = folder / "weights.pt"
     torch.save(importlib.import_module("own_nets").KeepsBounded(10, 1, 8).state_dict(), file)
     check_cell(spec_of(cards, teacher={"model": "own", "weights": str(file)}))
@@ -450,9 +465,7 @@ def test_a_frozen_teacher_may_do_what_no_gradient_goes_back_through(folder: Path
 
 def test_probabilities_that_nobody_reads(folder: Path) -> None:
     """SimKD's student answers through its teacher's head."""
-    hooks = {"own": {"points": {"layer1": "relu"}}}
-    card = {"models": {"own": {"target": "own_nets:KeepsProbabilities", "hooks": "own"}}, "hooks": hooks}
-    cards = registry(folder, card, own_nets=NETS)
+    cards = registry(folder, hooked("KeepsProbabilities", {"layer1": "relu"}), own_nets=NETS)
     known: Known = {}
     check_cell(spec_of(cards, student="own", method="simkd"), known)
     with pytest.raises(UserError, match="returns probabilities"):
@@ -462,9 +475,7 @@ def test_probabilities_that_nobody_reads(folder: Path) -> None:
 @pytest.mark.parametrize("name", ["KeepsMaps", "Halved"])
 def test_batches_of_one_image(folder: Path, name: str) -> None:
     """Maps with gradients, which a network keeps of its last forward, cannot be copied; and not each takes float32."""
-    hooks = {"own": {"points": {"layer1": "relu"}}}
-    card = {"models": {"own": {"target": f"own_nets:{name}", "hooks": "own"}}, "hooks": hooks}
-    spec = spec_of(registry(folder, card, own_nets=NETS), student="own")
+    spec = spec_of(registry(folder, hooked(name, {"layer1": "relu"}), own_nets=NETS), student="own")
     check_cell(spec.model_copy(update={"protocol": spec.protocol.model_copy(update={"batch_size": 1})}))
 
 
@@ -489,6 +500,8 @@ def test_one_module_may_stand_in_two_places(folder: Path) -> None:
         ("vector", r"returned torch.float32 \[8\]"),
         ("complex_number", r"returned torch.complex64 \[\]"),
         ("whole_number", r"returned torch.int64 \[\]"),
+        ("not_a_number", "gave nan"),
+        ("misspelt", "cannot be computed: NameError"),
         ("NoShapes", r"NoShapes.__init__\(\) takes .*\n.*\(self, student_shape, teacher_shape\)"),
         ("Raises", r"KeyError: 'mine' \(own_losses.py:\d+\)"),
         ("Lazy", r"lazy layers.*\n.*nn.Linear"),

@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors import SafetensorError
+from shipped import REGISTRY
 
 import kdbench
 from kdbench.cli import main
@@ -49,7 +50,6 @@ from kdbench.files import (
     workplace,
 )
 from kdbench.recipe.loading import load
-from kdbench.recipe.planning import plan
 from kdbench.record import read_records, unfinished
 from kdbench.registry import Registry
 from kdbench.results.tables import build
@@ -88,7 +88,7 @@ def test_a_table_without_a_failed_cell_is_the_same_whoever_makes_it(runs: Path) 
         file.unlink()
     write_tables([run / CELLS[0]], run, [CELLS[1]])
     assert f"Not finished and not in the table: {CELLS[1]}" in (run / "table.md").read_text()
-    assert not [found for found in verify(run, Registry()) if found.level == "disagrees" and "table" in found.where]
+    assert not [found for found in verify(run, REGISTRY) if found.level == "disagrees" and "table" in found.where]
     again = texts(build(read_records(run), unfinished=unfinished(run)), read_records(run))
     assert again["table.md"] == (run / "table.md").read_text()
 
@@ -568,19 +568,6 @@ def test_numbers_of_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: Sa
         assert called(monkeypatch, *words) == 2, words
         assert "Invalid value" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("trials", [10**9, 1001])
-def test_more_trials_than_anybody_plans(trials: int) -> None:
-    tune = (f"tune.trials={trials}", "tune.kd.temperature={low: 1, high: 2}")
-    with pytest.raises(UserError, match=f"'tune.trials' cannot be {trials}"):
-        plan("quickstart", Registry(), tune)
-
-
-def test_more_cells_to_tune_by_than_anybody_trains() -> None:
-    tune = ("tune.trials=1000", "tune.kd.temperature={low: 1, high: 2}", "tune.seeds=[100, 101]")
-    with pytest.raises(UserError, match="16,000 cells to tune by, more than 10,000"):
-        plan("quickstart", Registry(), tune)
 
 
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense"])

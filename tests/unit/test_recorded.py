@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from picture_files import photo, write_pictures
+from shipped import REGISTRY
 
 import kdbench
 from kdbench.cli import data
@@ -27,7 +28,6 @@ from kdbench.registry import SHARE, Registry
 from kdbench.verify.rerun import cell_to_rerun
 from kdbench.verify.verification import verify
 
-REGISTRY = Registry()
 CPU = torch.device("cpu")
 # Methods that have between them whatever a record can name, and what their recipe needs beside.
 METHODS = ("ab", "uda_kd", "bss", "prune_data_free")

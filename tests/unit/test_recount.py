@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from shipped import REGISTRY
 from synthetic import make
 from torch import Tensor
 
@@ -16,7 +17,6 @@ from kdbench.engine.answers import measured
 from kdbench.errors import UserError
 from kdbench.files import LOGITS, STUDENT
 from kdbench.recipe.planning import plan
-from kdbench.registry import Registry
 from kdbench.verify import recount
 from kdbench.verify.recount import counted_again, logits_in, recorded_numbers, spans
 
@@ -130,7 +130,7 @@ def test_every_record_is_counted_with_the_labels_of_its_own_test_images(
     """Answers 0, 1, 2 of three images, of which data sets have other labels."""
     here = {"digits": (torch.tensor([0, 1, 0]), "dd" * 32), "mnist_8": (torch.tensor([2, 1, 2]), "ee" * 32)}
     monkeypatch.setattr(recount, "labels_of", lambda data, roots: here[data.name])
-    digits = plan({"data": "digits", "student": "wrn_10_1", "protocol": "digits", "method": "ce"}, Registry())
+    digits = plan({"data": "digits", "student": "wrn_10_1", "protocol": "digits", "method": "ce"}, REGISTRY)
     data = digits.cells[0].spec.data
     own, target = {"data__fingerprint": "dd" * 32}, {"name": "mnist_8", "fingerprint": "ee" * 32}
     target |= {"train": 1, "test": 3, "classes": 3}
@@ -193,7 +193,7 @@ def test_fidelity_is_counted_where_the_teacher_answered_in_its_own_training(
     answers = {"teacher": [0, 2, 2, 0], "kd": [0, 1, 2, 0]}
     records = {name: r.model_copy(update={"folder": logits(name, answers[name])}) for name, r in records.items()}
     numbers = {name: recorded_numbers(record, []) for name, record in records.items()}
-    data = plan("ab_wrn", Registry()).cells[0].spec.data
+    data = plan("ab_wrn", REGISTRY).cells[0].spec.data
     tested = {n: data.model_copy(update=r.spec["data"]) for n, r in records.items()}
     found = counted_again(records, numbers, tested, [])
     # Three of four answers are the teacher's.

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from shipped import DIGITS, REGISTRY
 
 from kdbench.engine.networks.build import build_extractor, build_model
 from kdbench.errors import UserError
@@ -13,11 +14,9 @@ from kdbench.recipe.loading import load, override
 from kdbench.recipe.planning import plan
 from kdbench.recipe.recorded import cell_of
 from kdbench.recipe.specs import CellSpec, recorded
-from kdbench.registry import Registry
 
-REGISTRY = Registry()
 BOTH = ["wrn_16_2_digits", {"name": "wrn_16_2_digits_route", "normalization": {"mean": [0.2], "std": [0.4]}}]
-RECIPE: dict[str, Any] = {"data": "digits", "teacher": BOTH, "student": "wrn_10_1", "protocol": "digits"}
+RECIPE = DIGITS | {"teacher": BOTH}
 
 
 def cell(method: Any = "kd", **more: Any) -> CellSpec:

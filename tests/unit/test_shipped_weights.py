@@ -10,6 +10,7 @@ import torch
 from card_checks import check_card
 from conftest import ROOT
 from safetensors.torch import load_file
+from shipped import REGISTRY
 from synthetic import plain_record, write
 
 from kdbench.engine.networks.weights import locate
@@ -17,12 +18,10 @@ from kdbench.engine.teachers.loading import load_teacher
 from kdbench.errors import UserError
 from kdbench.files import SHARE
 from kdbench.recipe.planning import plan, teacher_of_card
-from kdbench.registry import Registry
 from kdbench.verify.verification import verify
 
 FOLDER = SHARE / "registry" / "weights"
 FILES = sorted(FOLDER.glob("*.safetensors"))
-REGISTRY = Registry()
 
 
 def test_the_folder_holds_two_teachers_and_stays_small() -> None:

@@ -430,7 +430,7 @@ def test_the_official_splits_are_on_the_cards() -> None:
 
 
 def test_all_ways_of_reading_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "made_up", partial(loading.made_up, pictures=4))
+    monkeypatch.setattr(loading, "made_up_pictures", partial(loading.made_up_pictures, pictures=4))
     monkeypatch.setattr(loading, "BATCH", 2)
     found = loading.measured(2, lambda text: None)
     assert len(found.rates) == 7 and all(len(rates) == 2 and min(rates) > 0 for rates in found.rates.values())

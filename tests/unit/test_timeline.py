@@ -5,26 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from shipped import DIGITS, REGISTRY
 
 from kdbench.engine.stage import moment_at
 from kdbench.errors import UserError
 from kdbench.recipe.planning import plan
 from kdbench.recipe.specs import CellSpec
 from kdbench.recipe.timeline import batches_per_epoch, timeline, training_images
-from kdbench.registry import Registry
-
-REGISTRY = Registry()
 
 
 def cell(method: Any = "kd", **recipe: Any) -> CellSpec:
-    whole = {
-        "data": "digits",
-        "teacher": "wrn_16_2_digits",
-        "student": "wrn_10_1",
-        "protocol": "digits",
-        "method": method,
-    }
-    return plan(whole | recipe, REGISTRY).cells[0].spec
+    return plan(DIGITS | {"method": method} | recipe, REGISTRY).cells[0].spec
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from shipped import REGISTRY
 
 from kdbench.api import load_student
 from kdbench.data.images import ImageData
@@ -21,9 +22,7 @@ from kdbench.engine.workers.tasks import TaskRunner
 from kdbench.recipe.planning import Plan, PlannedCell, plan
 from kdbench.record import metrics, read_record
 from kdbench.record_parts import Result
-from kdbench.registry import Registry
 
-REGISTRY = Registry()
 # Every seed holds out images of its own.
 HELD_OUT = {"name": "digits", "per_class": 4, "validation": 100, "tested_on": "validation"}
 SMALL = {"data": HELD_OUT, "student": "wrn_10_1", "protocol": "digits", "method": "kd", "steps": 1, "evaluations": 1}

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from captured import both, by_step, cell, short
 from PIL import Image
+from shipped import DIGITS, REGISTRY
 from tiny import images, member_of, shortened, train
 from torch import nn
 from torch.nn import functional as F
@@ -126,8 +128,6 @@ def dropping_head(shift: nn.Module, teacher_classifier: nn.Module) -> nn.Module:
 
 def own(folder: Path, stage: dict[str, Any], **more: Any) -> Registry:
     """A registry with the losses above and a method `own` of one stage."""
-    import yaml
-
     (folder / "own_losses.py").write_text(OWN)
     method = {"title": "own", "stages": [{"name": "training", **stage}], **more}
     (folder / "own.yaml").write_text(yaml.safe_dump({"methods": {"own": method}}))
@@ -135,7 +135,7 @@ def own(folder: Path, stage: dict[str, Any], **more: Any) -> Registry:
 
 
 def spec_of(registry: Registry, method: Any = "own", steps: int = 4, **more: Any) -> CellSpec:
-    recipe = {"data": "digits", "teacher": "wrn_16_2_digits", "student": "wrn_10_1", "protocol": "digits"}
+    recipe = DIGITS
     (planned,) = plan(recipe | {"method": method} | more, registry).cells
     return shortened(planned.spec, steps)
 
@@ -151,7 +151,7 @@ def test_all_that_a_loss_can_ask_for_is_told() -> None:
 
 
 def test_inputs_are_read_from_signatures() -> None:
-    cards = Registry()
+    cards = REGISTRY
     for name in cards.names("losses"):
         card = cards.card("losses", name)
         assert card.inputs[: len(found := inputs_of(card.target))] == found, name
@@ -260,7 +260,7 @@ def test_options_change_by_schedules() -> None:
 
 def losses_with_numbers() -> list[tuple[str, str, str, list[str]]]:
     """For every loss with numbers that can change while training: a method, a stage and a term that have it."""
-    registry, found = Registry(), dict[str, tuple[str, str, str, list[str]]]()
+    registry, found = REGISTRY, dict[str, tuple[str, str, str, list[str]]]()
     for method in registry.names("methods"):
         for stage, card in registry.card("methods", method).stages.items():
             for term, entry in card.losses.items():
@@ -287,7 +287,7 @@ def test_every_number_of_every_loss_can_change_where_steps_are_recorded(
 def test_a_number_that_leaves_its_range_is_said_before_anything_trains(tmp_path: Path) -> None:
     for end in (-1.0, 0.5):
         falling = {"schedules": {"temperature": {"name": "linear", "start": 1.0, "end": end}}}
-        spec = spec_of(Registry(), {"name": "kd", "stages": {"classification": {"losses": {"kd": falling}}}})
+        spec = spec_of(REGISTRY, {"name": "kd", "stages": {"classification": {"losses": {"kd": falling}}}})
         if end > 0:
             check_cell(spec)
         else:
@@ -300,19 +300,19 @@ def test_what_cannot_change_or_is_not_there_is_said(tmp_path: Path) -> None:
     for method, loss, option in (("kd", "kd", "scale_"), ("vid", "vid", "variance")):
         override = {"classification": {"losses": {loss: {"schedules": {option: linear}}}}}
         with pytest.raises(UserError, match=f"no option '{option}' with a schedule"):
-            spec_of(Registry(), {"name": method, "stages": override})
+            spec_of(REGISTRY, {"name": method, "stages": override})
     shift = {"losses": {"own": {"loss": "own_losses:shifted", "hook": "pooled"}}}
     with pytest.raises(UserError, match="needs the module 'shift'"):
         spec_of(own(tmp_path, shift))
     with pytest.raises(UserError, match="trains 'paraphrase', which the method does not have"):
-        spec_of(Registry(), {"name": "ft", "stages": {"paraphrasing": {"trains": ["paraphrase"]}}})
+        spec_of(REGISTRY, {"name": "ft", "stages": {"paraphrasing": {"trains": ["paraphrase"]}}})
     with pytest.raises(UserError, match="equal channels"):
-        check_cell(spec_of(Registry(), "fsp"))
+        check_cell(spec_of(REGISTRY, "fsp"))
 
 
 def test_warm_up_counts_epochs() -> None:
     schedule = {"weight_schedule": {"name": "warmup", "epochs": 4, "first": 0}}
-    spec = spec_of(Registry(), {"name": "kd", "stages": {"classification": {"losses": {"kd": schedule}}}}, steps=24)
+    spec = spec_of(REGISTRY, {"name": "kd", "stages": {"classification": {"losses": {"kd": schedule}}}}, steps=24)
     stage = member_of(spec)[0].stage
     # Three steps an epoch.
     assert [stage.weights(step)["kd"] / 0.9 for step in (0, 2, 3, 6, 12, 23)] == pytest.approx([0, 0, 0.25, 0.5, 1, 1])
@@ -343,7 +343,7 @@ def test_what_a_card_says_itself_no_pair_of_what_it_includes_changes(tmp_path: P
     ],
 )
 def test_rates_count_epochs_as_weights_do(schedule: dict[str, Any], expected: list[float]) -> None:
-    spec = spec_of(Registry(), {"name": "ce", "stages": {"classification": {"schedule": schedule}}}, steps=24)
+    spec = spec_of(REGISTRY, {"name": "ce", "stages": {"classification": {"schedule": schedule}}}, steps=24)
     stage = member_of(spec)[0].stage
     base = stage.optimizers[0].base_rates[0]
     assert [stage.rate(step) / base for step in (0, 2, 3, 6, 12, 23)] == pytest.approx(expected, abs=1e-4)
@@ -353,7 +353,7 @@ def test_gradients_are_clipped_together() -> None:
     def moved(clip: float | None) -> float:
         changes = {"optimizer": {"name": "sgd", "lr": 1.0, "momentum": 0.0, "weight_decay": 0.0, "nesterov": False}}
         method = {"name": "ce", "stages": {"classification": changes | ({"clip": clip} if clip else {})}}
-        member, batches, teacher = member_of(spec_of(Registry(), method))
+        member, batches, teacher = member_of(spec_of(REGISTRY, method))
         before = [p.detach().clone() for p in member.student.model.parameters()]
         train(member, batches, teacher, 1)
         parameters = zip(before, member.student.model.parameters(), strict=True)
@@ -391,7 +391,7 @@ def test_the_paraphraser_of_the_first_stage_is_that_of_the_second() -> None:
 
 def test_banks_have_the_size_of_the_part_that_is_trained_on() -> None:
     recipe = {"data": {"name": "digits", "per_class": 3, "validation": 20}}
-    spec = shortened(spec_of(Registry(), "crd", **recipe), 3, per_class=3)
+    spec = shortened(spec_of(REGISTRY, "crd", **recipe), 3, per_class=3)
     member, batches, teacher = member_of(spec, images(spec.data, per_class=6))
     module: Any = member.modules.terms_of("classification")["crd"].functions[0]
     assert len(module.contrast.student_bank) == len(batches.train) == 30 and module.negatives == 27
@@ -604,8 +604,8 @@ def test_a_tail_is_of_a_student_that_stays_as_it_is(changed: dict[str, Any], tol
 
 
 def test_a_head_is_made_of_modules_that_train_and_gives_logits() -> None:
-    spec = spec_of(Registry(), "simkd")
-    card = Registry().card("connectors", "conv")
+    spec = spec_of(REGISTRY, "simkd")
+    card = REGISTRY.card("connectors", "conv")
     own = ModuleSpec(name="conv", target=card.target, student="pooled", teacher="pooled")
     other = ModuleSpec(name="same", target="torch.nn.modules.linear:Identity", student="pooled")
     for head, what in ((own, "parameters of its own"), (other, r"gives \[2, 64\] for two images, not \[2, 10\]")):
@@ -627,7 +627,7 @@ def test_a_head_is_made_of_modules_that_train_and_gives_logits() -> None:
 )
 def test_the_batch_norm_of_a_hook_point_and_the_classifier(model: str, point: str, norm: str, head: str) -> None:
     recipe = {"data": "cifar10", "student": model, "protocol": "crd", "method": "ce"}
-    extractor = check_cell(plan(recipe, Registry()).cells[0].spec).student
+    extractor = check_cell(plan(recipe, REGISTRY).cells[0].spec).student
     names = {id(module): name for name, module in extractor.model.named_modules()}
     assert names[id(batch_norm_before(extractor, point, (3, 32, 32)))] == norm
     assert names[id(classifier(extractor))] == head
@@ -635,7 +635,7 @@ def test_the_batch_norm_of_a_hook_point_and_the_classifier(model: str, point: st
 
 def test_a_point_without_a_batch_norm_is_said() -> None:
     recipe = {"data": "cifar10", "student": "wrn_10_1", "protocol": "crd", "method": "ce"}
-    extractor = check_cell(plan(recipe, Registry()).cells[0].spec).student
+    extractor = check_cell(plan(recipe, REGISTRY).cells[0].spec).student
     with pytest.raises(UserError, match="no batch norm before 'stem'"):
         batch_norm_before(extractor, "stem", (3, 32, 32))
 
@@ -661,7 +661,7 @@ def test_weights_of_a_pair_are_those_of_its_source_unless_the_recipe_says_others
     recipe = {"data": "cifar100", "teacher": "wrn_40_2_cifar100", "student": "wrn_16_2", "protocol": "crd"}
 
     def beta(method: Any, **other: str) -> float:
-        (planned,) = plan(recipe | other | {"method": method}, Registry(), weights_must_exist=False).cells
+        (planned,) = plan(recipe | other | {"method": method}, REGISTRY, weights_must_exist=False).cells
         loss: float = planned.spec.method.stages["classification"].losses["dkd"].loss.options["beta"]
         return loss
 
@@ -699,7 +699,7 @@ def cell_of_two_views(spec: CellSpec) -> CellSpec:
 
 def test_an_untrained_teacher_begins_by_the_seed_and_trains_along() -> None:
     recipe: dict[str, Any] = {"teacher": {"model": "wrn_10_2", "untrained": True}}
-    first, second = (spec_of(Registry(), "dml", seeds=[seed], **recipe) for seed in (0, 1))
+    first, second = (spec_of(REGISTRY, "dml", seeds=[seed], **recipe) for seed in (0, 1))
     assert first.teacher is not None and first.teacher.untrained
     check_cell(first)
     members = [member_of(spec)[0] for spec in (first, first, second)]
@@ -709,7 +709,7 @@ def test_an_untrained_teacher_begins_by_the_seed_and_trains_along() -> None:
     assert member.modules.own_teacher is not None and fingerprint(member.modules.own_teacher.model) != begun[0]
     for method, more in (("kd", {}), ("finetune_new_classes", {"student": "wrn_10_2"})):
         with pytest.raises(UserError, match="needs a trained teacher"):
-            spec_of(Registry(), method, **recipe, **more)
+            spec_of(REGISTRY, method, **recipe, **more)
 
 
 def test_each_of_two_networks_learns_from_the_other_who_stands_still() -> None:
@@ -726,7 +726,7 @@ def test_each_of_two_networks_learns_from_the_other_who_stands_still() -> None:
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 def test_the_strong_view_is_cut_out_at_the_address_of_its_draws(mode: str) -> None:
     spec = (
-        plan({"data": "cifar100", "student": "crd_resnet8", "method": "ce", "protocol": "crd_mlkd"}, Registry())
+        plan({"data": "cifar100", "student": "crd_resnet8", "method": "ce", "protocol": "crd_mlkd"}, REGISTRY)
         .cells[0]
         .spec
     )
@@ -752,7 +752,7 @@ def test_the_strong_view_is_cut_out_at_the_address_of_its_draws(mode: str) -> No
 @pytest.mark.parametrize("method", ["sdd", "cat_kd"])
 def test_the_map_of_a_method_is_what_the_classifier_pools(method: str, student: str) -> None:
     recipe = {"data": "cifar100", "teacher": "resnet32x4_cifar100", "student": student, "protocol": "crd"}
-    spec = plan(recipe | {"method": method}, Registry(), weights_must_exist=False).cells[0].spec
+    spec = plan(recipe | {"method": method}, REGISTRY, weights_must_exist=False).cells[0].spec
     term = spec.method.stages["classification"].losses["sdd" if method == "sdd" else "cat"]
     extractor = build_extractor(build_model(spec.student, spec.data).eval(), spec.student, spec.data)
     (point,) = expand(term.points("student"), ["stem", *extractor.places])

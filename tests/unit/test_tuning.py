@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from shipped import DIGITS, REGISTRY
 
 from kdbench.engine.scheduling import CellState, cohorts_of
 from kdbench.engine.workers.tuning import chosen, known_of, tried_plan
@@ -13,16 +14,8 @@ from kdbench.recipe.planning import Plan, plan
 from kdbench.recipe.timeline import planned_timeline
 from kdbench.recipe.tuning import value_at
 from kdbench.record_parts import RecordedTuning
-from kdbench.registry import Registry
 
-REGISTRY = Registry()
-RECIPE: dict[str, Any] = {
-    "data": {"name": "digits", "per_class": 10},
-    "teacher": "wrn_16_2_digits",
-    "student": "wrn_10_1",
-    "protocol": "digits",
-    "compare": {"method": ["ce", "kd", "at"]},
-}
+RECIPE = DIGITS | {"data": {"name": "digits", "per_class": 10}, "compare": {"method": ["ce", "kd", "at"]}}
 LISTS = {"trials": 2, "kd.temperature": [2.0, 8.0], "at.beta": [10.0, 100.0]}
 
 
@@ -165,18 +158,23 @@ def test_a_method_that_a_comparison_has_twice_is_tried_once() -> None:
         ({"method": [1.0, 2.0]}, "'method' is no option"),
         ({"at.beta": [1.0, 2.0, 3.0]}, "at.beta: 3 settings, and every method tries 2"),
         ({"at.beta": [1.0, 1.0]}, "at.beta: 1 setting, and"),
-        ({"at.beta": [1.0]}, "'tune' is invalid"),
+        ({"at.beta": [1.0]}, "needs two values or more"),
         ({"at.beta": 5.0}, "'at.beta' needs a list of values, as .*, or a range"),
         ({"at.beta.low": 5.0}, "'at.beta.low' needs a list of values, as .*, or a range"),
         ({"at.beta": {"low": 1.0, "high": 1.001}, "trials": 9}, "settings, and every method tries 9"),
-        ({}, "'tune' is invalid"),
+        ({}, "nothing is tuned"),
         ({"at.beta": [1.0, 2.0], "seeds": [0]}, "seed 0 is also a seed of the table"),
-        ({"at.beta": [1.0, 2.0], "seeds": [100, 100]}, "'tune' is invalid"),
+        ({"at.beta": [1.0, 2.0], "seeds": [100, 100]}, "a seed is given twice"),
         ({"at.beta": [1.0, 2.0], "seeds": []}, "'tune.seeds' is invalid"),
         ({"at.beta": {"low": 2.0, "high": 1.0}}, "'tune.at.beta' is invalid"),
         ({"at.beta": {"low": 0.0, "high": 1.0, "log": True}}, "'tune.at.beta' is invalid"),
         ({"at.beta": [1.0, "x"]}, "cannot be the text 'x'"),
         ({"data.fraction": [0.1, 0.2]}, "'data.fraction' is no option"),
+        ({"at.beta": {"low": 1.0, "high": 2.0}, "trials": 1001}, "'tune.trials' cannot be 1001"),
+        (
+            {"at.beta": {"low": 1.0, "high": 2.0}, "trials": 1000, "seeds": [*range(100, 104)]},
+            "12,000 cells to tune by, more than 10,000",
+        ),
     ],
 )
 def test_mistakes_are_said(tune: dict[str, Any], message: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from shipped import REGISTRY
 from test_domains import cell
 from tiny import member_of, step
 from torch import Tensor
@@ -18,10 +19,7 @@ from kdbench.engine.networks.build import build_schedule
 from kdbench.losses import kd, kl_divergence, mmd
 from kdbench.recipe.method_specs import TermSpec
 from kdbench.recipe.planning import plan
-from kdbench.registry import Registry
 from kdbench.schedules import Moment
-
-REGISTRY = Registry()
 
 
 def features(n: int, d: int, seed: int, shift: float = 0.0) -> Tensor:

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
+from shipped import REGISTRY
 from synthetic import comparison, make, write
 
 from kdbench.cards import TEACHER_TOLERANCE
 from kdbench.record import Record, metrics, read_record
-from kdbench.registry import Registry
 from kdbench.results.tables import build
 from kdbench.results.texts import texts
 from kdbench.verify import sums
@@ -52,7 +52,7 @@ def results(folder: Path, run: dict[str, object]) -> Path:
 
 
 def unchecked(folder: Path) -> set[str]:
-    return {finding.check for finding in verify(folder, Registry()) if finding.level == "unchecked"}
+    return {finding.check for finding in verify(folder, REGISTRY) if finding.level == "unchecked"}
 
 
 def test_a_recipe_that_names_no_cells_or_no_recipe_is_told(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_a_recipe_that_names_no_cells_or_no_recipe_is_told(tmp_path: Path) -> No
 def test_identities_are_counted_in_one_line_whoever_wrote_the_records() -> None:
     """Cells of `crd_small` come from two commits."""
     folder = ROOT / "results" / "crd_small"
-    found = [finding.what for finding in verify(folder, Registry()) if finding.where == "identities"]
+    found = [finding.what for finding in verify(folder, REGISTRY) if finding.where == "identities"]
     assert found == [f"{len([*folder.glob('*/record.json')])} recomputed from the resolved recipes"]
 
 
@@ -106,7 +106,7 @@ def test_a_teacher_has_one_accuracy_for_images_that_are_given_to_it_alike(
     for part, fields in described.items():
         record["spec"][part] |= fields
     file.write_text(json.dumps(record))
-    told = [finding.what for finding in verify(folder, Registry()) if "the teacher accuracy is not" in finding.what]
+    told = [finding.what for finding in verify(folder, REGISTRY) if "the teacher accuracy is not" in finding.what]
     assert bool(told) is not agrees
 
 
@@ -261,12 +261,12 @@ def test_the_cell_to_run_again_is_one_whose_teacher_is_here_and_of_these_the_fas
     for name, seconds in (("kd", 1.0), ("ab", 2.0), ("ce", 3.0)):
         record = read_record(next(folder.glob(f"{name}-seed0-*")))
         records[name] = record.model_copy(update={"compute": record.compute.model_copy(update={"seconds": seconds})})
-    assert cell_to_rerun(records, None, Registry())[0] == "ce"
+    assert cell_to_rerun(records, None, REGISTRY)[0] == "ce"
     del records["ce"]
-    assert cell_to_rerun(records, None, Registry())[0] == "kd"
+    assert cell_to_rerun(records, None, REGISTRY)[0] == "kd"
     # One of another version, of which nothing can be built.
     records["old"] = make("ce", compute__seconds=0.5)
-    assert cell_to_rerun(records, None, Registry())[0] == "kd"
+    assert cell_to_rerun(records, None, REGISTRY)[0] == "kd"
 
 
 def test_evaluations_of_a_cell_run_again_are_compared_without_their_times(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from picture_files import photo, write_pictures
 from PIL import Image
 from scipy import stats
+from shipped import REGISTRY
 from tiny import CPU, images, member_of, sets_at, train
 from torchvision.transforms import v2
 
@@ -42,7 +43,6 @@ from kdbench.recipe.specs import CellSpec, recorded
 from kdbench.recipe.timeline import timeline
 from kdbench.registry import Registry
 
-REGISTRY = Registry()
 CROP = {"padding": 4, "mode": "zero", "flip": True}
 RAND = {"transforms": ["rand_augment", {"name": "random_erasing", "p": 0.5}]}
 MIX = {"mix": {"mixup": 0.4, "cutmix": 1.0}}

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from shipped import REGISTRY
 from tiny import CPU, images
 
 from kdbench.engine.computing.compute import REFERENCE
@@ -19,9 +20,7 @@ from kdbench.engine.teachers.logit_table import table_key
 from kdbench.methods.deep_inversion.source import SynthesizedImages
 from kdbench.recipe.planning import plan
 from kdbench.recipe.specs import CellSpec
-from kdbench.registry import Registry
 
-REGISTRY = Registry()
 RECIPE: dict[str, Any] = {"data": "digits", "student": "wrn_10_1", "protocol": "digits", "epochs": 1}
 ENTRIES = ["state_dict", "ema"]
 

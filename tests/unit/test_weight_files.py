@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from shipped import REGISTRY
 from tiny import changed_at
 from torch import Tensor, nn
 
@@ -31,9 +32,7 @@ from kdbench.models.external import torchvision_model
 from kdbench.models.wrn import wide_resnet
 from kdbench.recipe.planning import plan
 from kdbench.recipe.specs import CellSpec
-from kdbench.registry import Registry
 
-SHIPPED = Registry()
 AVERAGE_AT, CHOICE = "state_dict_ema", " ('entry' beside the file's name chooses)"
 
 
@@ -156,7 +155,7 @@ def test_a_recipe_and_a_card_choose_an_entry(tmp_path: Path) -> None:
     def cell(**given: Any) -> CellSpec:
         recipe = tmp_path / "r.yaml"
         recipe.write_text(json.dumps({**own, "teacher": teacher, **given}))
-        return plan(str(recipe), Registry()).cells[0].spec
+        return plan(str(recipe), REGISTRY).cells[0].spec
 
     average = {"entry": "state_dict_ema"}
     plain, taught = cell(), cell(teacher={**teacher, **average})
@@ -283,7 +282,7 @@ def test_a_wrong_byte_and_a_value_that_is_not_finite_are_told_by_the_file(tmp_pa
 
 def spec(**over: Any) -> Any:
     recipe = {"data": "digits", "student": "wrn_10_1", "protocol": "digits", "method": "ce", "steps": 2} | over
-    return plan(recipe, SHIPPED).cells[0].spec
+    return plan(recipe, REGISTRY).cells[0].spec
 
 
 def test_a_student_starts_from_weights_of_other_classes_and_says_so(tmp_path: Path) -> None:
