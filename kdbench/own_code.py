@@ -83,8 +83,8 @@ def _top(target: str) -> str:
 
 
 def _installed(file: Path) -> bool:
-    """Whether a file is of an installed package."""
-    return not {"site-packages", "dist-packages"}.isdisjoint(file.resolve().parts)
+    """Whether a file is of an installed package, be it a link into an installer's cache."""
+    return not {"site-packages", "dist-packages"}.isdisjoint((*file.parts, *file.resolve().parts))
 
 
 @functools.cache
