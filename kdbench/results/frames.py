@@ -135,7 +135,7 @@ def _numbers(table: Table, cell: Entry) -> dict[str, Any]:
             for name in (f"{measure.metric}.{point}" for measure in table.measures for point in measure.points)
         },
         **{f"also.{name}": _mean(cell.also.get(name)) for name in table.also},
-        "seconds": _round(cell.seconds, 2),
+        "training_seconds": _round(cell.seconds, 2),
         "images_per_second": _round(cell.images_per_second, 1),
     }
 

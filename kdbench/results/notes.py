@@ -60,7 +60,7 @@ def notes_of(
     for measure in measures:
         yield from _measure(records, measure)
     yield from _modules(comparison)
-    yield "Seconds are the mean training time of one seed; methods that train together share their teacher's passes"
+    yield _seconds(records)
     yield from (Note(text, warning=True) for text in comparison.notes)
 
 
@@ -93,11 +93,14 @@ def _differences(comparison: Comparison, rows: Sequence[MethodRow], tests: int, 
     if tests:
         level = "5 %" if tests == 1 else f"5 % / {tests} (Holm's first step)"
         compared = counted(tests, "comparison")
+        pairs = [cell.difference for row in rows for cell in row.cells if cell is not None and cell.difference]
+        few = any(pair.n < statistics.FEWEST_TO_PLAN for pair in pairs)
         yield f"Intervals are 95 % {_INTERVALS[interval]} of the paired differences"
         yield f"p values are of two-sided paired t tests, with Holm's correction for the {compared} of this table"
         yield (
             f"Seeds needed: with so many, the difference would be found at a level of {level} with 80 % power, if its "
             "true size and deviation are as measured"
+            + (f"; not told below {statistics.FEWEST_TO_PLAN} seeds" if few else "")
         )
 
 
@@ -231,6 +234,15 @@ def _measure(records: Sequence[Record], measure: Measure) -> Said:
     if unmeasured := sum(None in record.result.metrics.get(measure.metric, {}).values() for record in records):
         cells = counted(unmeasured, "cell")
         yield Note(f"{measure.title} could not be measured at each hook point in {cells}", warning=True)
+
+
+def _seconds(records: Sequence[Record]) -> str:
+    """What a table's times hold and leave out."""
+    older = any(record.compute.training_seconds is None for record in records)
+    return (
+        f"Training seconds are the mean of one seed, without evaluations{' (but in earlier versions)' * older}; methods "
+        "that train together share their teacher's passes"
+    )
 
 
 def missing(comparison: Comparison, unfinished: Sequence[str]) -> Said:

@@ -152,8 +152,9 @@ def _differences(
     adjusted = dict(zip(tests, statistics.holm(list(tests.values())), strict=True))
     for place, key in keys.items():
         pair = found[place]
-        assert pair.deviation is not None
-        needed = statistics.seeds_needed(pair.mean, pair.deviation, ALPHA / len(tests))
+        needed = None
+        if pair.n >= statistics.FEWEST_TO_PLAN and pair.deviation is not None:
+            needed = statistics.seeds_needed(pair.mean, pair.deviation, ALPHA / len(tests))
         found[place] = replace(pair, p_holm=adjusted[key], seeds_needed=needed)
     return found, len(tests)
 

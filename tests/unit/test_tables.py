@@ -375,6 +375,31 @@ def test_fewer_seeds_missing_cells_and_unfinished_cells_are_marked() -> None:
     assert "–: no finished cell: KD (b)" in notes(several)
 
 
+def tried(name: str, *values: Any) -> dict[str, Any]:
+    """How a setting was chosen; None: the recipe's own."""
+    trials = [
+        {"setting": {} if value is None else {f"method.{name}": value}, "cells": ["x"], "accuracies": [50.0]}
+        for value in values
+    ]
+    return {"seeds": [100], "validation": 0.2, "trials": trials}
+
+
+def test_a_table_says_which_settings_were_tried() -> None:
+    def said(**tunings: dict[str, Any]) -> str:
+        records = [make(name, label=name, cell__tuning=one, order=k) for k, (name, one) in enumerate(tunings.items())]
+        (note,) = (one.text for one in build(records).notes if one.text.startswith("Settings tried: "))
+        return note.removeprefix("Settings tried: ")
+
+    few, many = tried("temperature", 8.0, 2.0, 4.0), tried("weight", None, 3.0, 0.1, 31.6, 10.0, 1.0)
+    assert said(kd=few) == "temperature 2, 4 or 8."
+    assert said(kd=few, ab=many) == "temperature 2, 4 or 8 (kd); weight 0.1 to 31.6, or unchanged (ab)."
+    assert said(kd=few, at=few, ab=tried("mode", "a", "b")) == "temperature 2, 4 or 8 (kd, at); mode a or b (ab)."
+    # A space that many methods share is said once, and of many spaces the first.
+    assert said(**{f"m{k}": many for k in range(76)}) == "weight 0.1 to 31.6, or unchanged."
+    long = said(**{f"m{k:02}": tried(f"x{k}", *range(1, 9)) for k in range(76)})
+    assert long.endswith("; x5 1 to 8 (m05); 70 more in table.html.") and len(long) < 200
+
+
 def test_parts_of_a_wide_grid_repeat_the_first_column_and_leave_out_rows_that_say_nothing() -> None:
     def row(name: str, columns: int) -> tuple[Text, ...]:
         return tuple(map(Text, [name, *map(str, range(1, columns + 1)), *[""] * (8 - columns)]))
@@ -434,6 +459,14 @@ def test_seeds_needed_are_for_the_level_at_which_the_table_tests() -> None:
     assert alone.seeds_needed == statistics.seeds_needed(0.4, 0.1)
     assert beside.seeds_needed == statistics.seeds_needed(0.4, 0.1, alpha=0.025)
     assert beside.seeds_needed > alone.seeds_needed  # type: ignore[operator]
+
+
+def test_seeds_needed_are_not_told_from_two_seeds() -> None:
+    two = build(comparison({"ce": [80.0, 80.2, 80.1], "kd": [84.0, 84.5], "ab": [84.0, 84.3, 84.1]}))
+    rows = {row[0].text: [entry.text for entry in row] for row in layout(two)[0].rows}
+    assert rows["KD"][2] == "2" and rows["KD"][-1] == "–" and float(rows["KD"][-2]) < 1 and rows["AB"][-1].isdigit()
+    assert "deviation are as measured; not told below 3 seeds" in notes(two)
+    assert "not told below" not in notes(build(comparison(VALUES)))
 
 
 def test_numbers_that_are_asked_for_stand_beside_the_accuracies() -> None:
@@ -502,7 +535,7 @@ def test_any_metric_that_a_record_holds_is_in_every_form_of_the_table(tmp_path: 
     table = build(records)
     text = markdown(table)
     assert "Map distance and cost:" in text
-    assert "| method | map distance layer1 | map distance layer2 | seconds |" in text
+    assert "| method | map distance layer1 | map distance layer2 | training seconds |" in text
     assert "| OWN | 3.25 | 0.5 |" in text
     assert "Map distance is a metric of its loss, after the last step." in notes(table)
     of_own = next(row for row in csv.DictReader(io.StringIO(table_csv(table))) if row["method"] == "own")
@@ -722,7 +755,9 @@ def test_extra_budget_agreement_teacher_and_seconds_are_shown() -> None:
     assert (ab.budget.extra_epochs, ab.budget.epochs) == (30.0, 230.0)
     # Training took 120 and 121 seconds; earlier versions noted those with evaluations alone, 130.
     assert ab.seconds == 120.5
-    assert cell(build(comparison({"ce": [93.0]}, compute__training_seconds=None)), "CE").seconds == 130.0
+    assert "Training seconds are the mean of one seed, without evaluations; " in notes(table)
+    older = build(comparison({"ce": [93.0]}, compute__training_seconds=None))
+    assert cell(older, "CE").seconds == 130.0 and "without evaluations (but in earlier versions);" in notes(older)
     assert {name: found.mean for name, found in ab.numbers.items()} == {
         "agreement.layer1.preact": pytest.approx(0.805),
         "agreement.layer2.preact": pytest.approx(0.70),
@@ -785,7 +820,7 @@ def test_every_number_of_a_line_of_the_csv_file_is_what_its_column_says() -> Non
     expected = {
         "mean": 271.3 / 3, "deviation": (0.13 / 3) ** 0.5, "difference": 0.3, "difference_low": 0.3 - 0.430265,
         "difference_high": 0.3 + 0.430265, "difference_n": 3, "p": 1 - 3 / 11**0.5, "teacher_accuracy": 94.5,
-        "epochs": 230.0, "extra_epochs": 30.0, "seconds": 70.0, "images_per_second": 4999.0, "average_rank": 1.5,
+        "epochs": 230.0, "extra_epochs": 30.0, "training_seconds": 70.0, "images_per_second": 4999.0, "average_rank": 1.5,
     }  # fmt: skip
     assert {name: float(found[name]) for name in expected} == pytest.approx(expected, abs=1e-6)
     assert (found["rank"], found["teacher"], rows["AB", "wrn_16_1"]["rank"]) == ("second", "of wrn_16_1", "best")
