@@ -85,7 +85,7 @@ def table(
     Raises:
         UserError: There are no records, or they cannot stand in one table.
     """
-    from kdbench.record import Record, read_records
+    from kdbench.record import Record, read_records, unfinished
     from kdbench.results.copied import published_tables
     from kdbench.results.frames import to_frame
     from kdbench.results.tables import build
@@ -94,7 +94,10 @@ def table(
     found = [one for one in given if isinstance(one, Record)]
     paths = [one for one in given if not isinstance(one, Record)]
     beside = published_tables([published] if isinstance(published, str) else published, registries)
-    return to_frame(build([*found, *(read_records(paths) if paths else [])], published=beside, **options))
+    if paths:
+        found += read_records(paths)
+        options.setdefault("unfinished", unfinished(paths))
+    return to_frame(build(found, published=beside, **options))
 
 
 def load_student(

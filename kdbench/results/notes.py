@@ -239,14 +239,15 @@ def _measure(records: Sequence[Record], measure: Measure) -> Said:
 def _seconds(records: Sequence[Record]) -> str:
     """What a table's times hold and leave out."""
     older = any(record.compute.training_seconds is None for record in records)
+    but = " (but in earlier versions)" if older else ""
     return (
-        f"Training seconds are the mean of one seed, without evaluations{' (but in earlier versions)' * older}; methods "
-        "that train together share their teacher's passes"
+        f"Training seconds are the mean of one seed, without evaluations{but}; methods that train together share their "
+        "teacher's passes"
     )
 
 
-def missing(comparison: Comparison, unfinished: Sequence[str]) -> Said:
-    """Warnings of cells that are not there."""
+def missing(comparison: Comparison, unfinished: Mapping[str, str | None]) -> Said:
+    """Warnings of cells that are not there; `unfinished`: their names -> why they failed, None where they did not."""
     empty = [
         f"{row.label} ({column.label})" if comparison.axes else row.label
         for row in comparison.rows
@@ -255,8 +256,10 @@ def missing(comparison: Comparison, unfinished: Sequence[str]) -> Said:
     ]
     if empty:
         yield Note(f"–: no finished cell: {listed(empty)}", warning=True)
-    if unfinished:
-        yield Note(f"Not finished and not in the table: {listed(unfinished, 6)}", warning=True)
+    if failed := [why for why in unfinished.values() if why is not None]:
+        yield Note(f"Failed and not in the table: {listed(failed, 6)}", warning=True)
+    if left := [name for name, why in unfinished.items() if why is None]:
+        yield Note(f"Not finished and not in the table: {listed(left, 6)}", warning=True)
 
 
 def across_notes(found: Across | None, baseline: str) -> Said:

@@ -285,7 +285,8 @@ def _tables(folder: Folder) -> Iterator[Finding]:
         yield Finding("unchecked", "there is no record to make it from", "table.md", "the table's files")
         return
     try:
-        table = build(records, unfinished=[name for name in folder.run.cells or () if name not in folder.planned])
+        missing = [folder.path / name for name in folder.run.cells or () if name not in folder.planned]
+        table = build(records, unfinished=missing)
         made = texts(table, records, charts=False)
     except UserError as error:
         yield Finding("disagrees", f"no table can be made of the records: {error.what}", "table.md")

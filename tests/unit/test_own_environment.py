@@ -81,13 +81,19 @@ def called(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> int:
     return int(end.value.code or 0)
 
 
-def test_a_table_without_a_failed_cell_is_the_same_whoever_makes_it(runs: Path) -> None:
+@pytest.mark.parametrize("why", [None, "KD, seed 0: the loss was not finite at step 5, stage 'a', term x"])
+def test_a_table_without_a_failed_cell_is_the_same_whoever_makes_it(why: str | None, runs: Path) -> None:
     """A run, `kdbench table` and `kdbench verify` know that cell by different ways."""
     run = runs / "quickstart"
     for file in (run / CELLS[1]).iterdir():
         file.unlink()
+    told = f"Not finished and not in the table: {CELLS[1]}"
+    if why is not None:
+        told = f"Failed and not in the table: {why}"
+        about = json.loads((run / "recipe.json").read_text()) | {"failed": {CELLS[1]: why}}
+        (run / "recipe.json").write_text(json.dumps(about))
     write_tables([run / CELLS[0]], run, [CELLS[1]])
-    assert f"Not finished and not in the table: {CELLS[1]}" in (run / "table.md").read_text()
+    assert f"**{told}.**" in (run / "table.md").read_text()
     assert not [found for found in verify(run, Registry()) if found.level == "disagrees" and "table" in found.where]
     again = texts(build(read_records(run), unfinished=unfinished(run)), read_records(run))
     assert again["table.md"] == (run / "table.md").read_text()

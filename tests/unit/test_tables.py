@@ -820,7 +820,8 @@ def test_every_number_of_a_line_of_the_csv_file_is_what_its_column_says() -> Non
     expected = {
         "mean": 271.3 / 3, "deviation": (0.13 / 3) ** 0.5, "difference": 0.3, "difference_low": 0.3 - 0.430265,
         "difference_high": 0.3 + 0.430265, "difference_n": 3, "p": 1 - 3 / 11**0.5, "teacher_accuracy": 94.5,
-        "epochs": 230.0, "extra_epochs": 30.0, "training_seconds": 70.0, "images_per_second": 4999.0, "average_rank": 1.5,
+        "epochs": 230.0, "extra_epochs": 30.0, "training_seconds": 70.0, "images_per_second": 4999.0,
+        "average_rank": 1.5,
     }  # fmt: skip
     assert {name: float(found[name]) for name in expected} == pytest.approx(expected, abs=1e-6)
     assert (found["rank"], found["teacher"], rows["AB", "wrn_16_1"]["rank"]) == ("second", "of wrn_16_1", "best")
