@@ -347,8 +347,8 @@ def _planned_again(folder: Folder, registry: Registry) -> Iterator[Finding]:
         for key, value in json.loads(json.dumps(expected)).items():
             if in_record.get(key) == value:
                 continue
-            if key == "label":
-                renamed[f"'{in_record.get(key)}' is called '{value}' today"] = None
+            if key in ("label", "teacher") and in_record.get(key) and value:
+                renamed[f"'{in_record[key]}' is called '{value}' today"] = None
             else:
                 yield Finding("disagrees", f"cell.{key} is {in_record.get(key)}, its recipe plans {value}", slug)
     yield from (Finding("remark", what, "labels") for what in renamed)

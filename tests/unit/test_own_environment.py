@@ -99,6 +99,25 @@ def test_a_table_without_a_failed_cell_is_the_same_whoever_makes_it(why: str | N
     assert again["table.md"] == (run / "table.md").read_text()
 
 
+def test_a_teacher_that_was_called_otherwise_is_the_same(runs: Path) -> None:
+    """Earlier versions called one after its file alone."""
+    run = runs / "quickstart"
+    file = run / CELLS[1] / "record.json"
+    plain = json.loads(file.read_text())
+    for part in (plain["cell"], plain["spec"]["teacher"], plain["teacher"]):
+        part.update({"teacher" if part is plain["cell"] else "name": "teacher"})
+    file.write_text(json.dumps(plain))
+    about = json.loads((run / "recipe.json").read_text())
+    about["recipe"] |= {"compare": {"method": ["ce", "kd"]}, "seeds": 1}
+    (run / "recipe.json").write_text(json.dumps(about))
+    found = [finding for finding in verify(run, Registry()) if "teacher" in finding.what]
+    assert ("remark", "'teacher' is called 'wrn_16_2_digits' today") in {(one.level, one.what) for one in found}
+    kdbench.run("quickstart", ["compare.method=[ce, kd]", "seeds=1"], runs=runs, device="cpu", jobs=1)
+    named = read_records(run)[1]
+    assert named.teacher is not None
+    assert (named.teacher.name, named.cell.teacher) == ("wrn_16_2_digits", "wrn_16_2_digits")
+
+
 def test_a_folder_of_runs_is_its_cells_alone(runs: Path) -> None:
     """Neither trials, nor teachers, nor cells of an earlier plan stand beside them."""
     shutil.copytree(runs / "quickstart" / CELLS[0], runs / f"quickstart{TRIALS}" / "ce-seed100-dd220819")

@@ -119,12 +119,15 @@ def _check_case(folder: Path) -> None:
 
 
 def _rename(file: Path, place: dict[str, Any]) -> None:
-    """Let the record of a cell that was finished before say what the recipe calls it today, and no more than that."""
+    """Let the record of a cell that was finished before say what the recipe calls it and its teacher today, and no more
+    than that."""
     try:
         before = read_record(file).plain()
     except UserError:
         return  # Whoever reads the records tells what is wrong with it.
-    method = (before["spec"].get("method") or {}) | {"label": place["cell"]["label"]}
-    record = Record.model_validate(before | place | {"spec": before["spec"] | {"method": method}}).plain()
+    spec = before["spec"] | {"method": (before["spec"].get("method") or {}) | {"label": place["cell"]["label"]}}
+    if spec.get("teacher"):
+        spec["teacher"] = spec["teacher"] | {"name": place["cell"]["teacher"]}
+    record = Record.model_validate(before | place | {"spec": spec}).plain()
     if record != before:
         write_json(file, record)
