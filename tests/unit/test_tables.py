@@ -925,6 +925,33 @@ def compiled(folder: Path, body: str, options: str = "") -> str:
     ).stdout
 
 
+# Whoever wants the notes in the paper writes this behind the table.
+NOTES = "\\kdbenchnotes\n"
+
+
+def test_latex_prints_what_a_reader_needs_and_keeps_the_other_notes_ready(tmp_path: Path) -> None:
+    records = comparison({"ce": VALUES["ce"], "kd": VALUES["kd"][:2]}, extra_epochs=30.0)
+    table = build(records, title="Mine")
+    source = latex(table)
+    assert (
+        r"\caption{Mine. Accuracy, last epoch. $\pm$ is the sample standard deviation, n = 2 to 3 seeds, 200 epochs.}"
+        in source
+    )
+    once = latex(build(comparison({"ce": [93.0]}), title="Mine"))
+    assert (
+        r"\caption{Mine. Accuracy, last epoch. One seed, 200 epochs.}" in once
+        and "Notes on" not in once.partition(r"\def")[0]
+    )
+    two = latex(build(grid_of(["a"], [0.1, 1.0], ce=[80, 81], kd=[81, 82]), title="Mine"))
+    assert two.count("sample standard deviation, n = 2") == 1
+    # Of what is not asked for there are the letters in the table.
+    said = [" ".join(compiled(tmp_path, text).split()) for text in (source, source + NOTES)]
+    if all(said):
+        assert all("no finished cell for seed 2" in text for text in said)
+        assert ["Numbers are test accuracies" in text for text in said] == [False, True]
+        assert [text.count("Machine: Model 7 Processor") for text in said] == [0, 1]
+
+
 def test_latex_compiles_with_every_special_character(tmp_path: Path) -> None:
     records = [
         make(
@@ -939,7 +966,7 @@ def test_latex_compiles_with_every_special_character(tmp_path: Path) -> None:
         for i, (m, several) in enumerate(VALUES.items())
         for s, v in enumerate(several)
     ]
-    text = compiled(tmp_path, latex(build(records, title=SPECIAL)))
+    text = compiled(tmp_path, latex(build(records, title=SPECIAL)) + NOTES)
     if text:
         for shown in ("94.50 ± 0.17", "#$%&", "{}", "[ce]", "[U+4E2D]", "+0.40", "layer1"):
             assert shown in text, text
@@ -953,7 +980,7 @@ def test_latex_of_columns_with_one_seed_is_no_wider(tmp_path: Path) -> None:
         for epochs in (1, 5, 10, 20, 50, 100)
         for seed in range(1 if epochs == 100 else 3)
     ]
-    compiled(tmp_path, latex(build(records)))
+    compiled(tmp_path, latex(build(records)) + NOTES)
 
 
 def test_latex_of_copied_numbers_and_of_several_pairs_compiles(tmp_path: Path) -> None:
@@ -975,7 +1002,7 @@ def test_latex_of_copied_numbers_and_of_several_pairs_compiles(tmp_path: Path) -
     cards = {key: registry.card("published", key) for key in ("crd_cifar100", "norm_cifar100")}
     one = build(records[:9], published={"crd_cifar100": cards["crd_cifar100"]})
     assert len(one.columns) == 1
-    text = compiled(tmp_path, latex(build(records, published=cards)) + latex(one))
+    text = compiled(tmp_path, latex(build(records, published=cards)) + NOTES + latex(one) + NOTES)
     if text:
         # The text of a PDF lacks the dagger and the underscore, which are drawn.
         for shown in ("74.92", "70.66", "copied", "critical distance", "Across the", "30 epochs on top"):
@@ -988,7 +1015,7 @@ def test_latex_of_notes_longer_than_a_page_fits_its_pages(tmp_path: Path) -> Non
     records = comparison({name: [90.0 + k / 80, 91.0, 90.5][: 2 + k % 2] for k, name in enumerate(names)})
     table = build(records, unfinished=failed)
     more = [Note(f"{note.text} " + "and what else is to be said of it " * 9, note.mark) for note in table.notes]
-    text = compiled(tmp_path, latex(replace(table, notes=(*table.notes, *more, *more))))
+    text = compiled(tmp_path, latex(replace(table, notes=(*table.notes, *more, *more))) + NOTES)
     if text:
         assert " ".join(text.split()).count("and what else is to be said of it") > 100
 
@@ -1010,7 +1037,7 @@ def test_latex_of_large_tables_fits_its_pages(tmp_path: Path, size: str) -> None
     else:
         records = comparison({"ce": several(1), "kd": several(1)})
     table = build(records, baseline="method_0" if size != "one seed" else None)
-    text = compiled(tmp_path, latex(table))
+    text = compiled(tmp_path, latex(table) + NOTES)
     if text:
         for row in table.rows:
             for found in row.cells:
@@ -1025,7 +1052,7 @@ def test_latex_in_articles_of_two_columns(form: str, rows: int, tmp_path: Path) 
     table = build(records, baseline="method_0")
     source = latex(table, form, "tab:mine")  # type: ignore[arg-type]
     assert ("\\begin{table*}" in source) == (form == "wide") and "\\label{tab:mine}" in source
-    text = compiled(tmp_path, source, "twocolumn")
+    text = compiled(tmp_path, source + NOTES, "twocolumn")
     if text:
         for row in table.rows:
             for found in row.cells:
