@@ -84,6 +84,13 @@ class Record(Open):
         parts.SpecForm.model_validate(spec)
         return spec
 
+    def __repr__(self) -> str:
+        """In short: whole, it fills a screen."""
+        at = f", {self.folder}" if self.folder is not None else ""
+        return f"<Record: {self.cell.label}, seed {self.cell.seed}, {self.result.test.last:.2f} %{at}>"
+
+    __str__ = __repr__
+
     @cached_property
     def resolved(self) -> CellSpec | None:
         """The resolved recipe, typed; None where another version wrote it in a form that this one does not know."""

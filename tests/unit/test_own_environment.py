@@ -257,6 +257,24 @@ def test_a_misspelt_word_of_the_python_api_is_told(runs: Path) -> None:
         assert "did you mean 'b" in str(caught.value)
 
 
+def test_one_row_for_each_seed(runs: Path) -> None:
+    run = runs / "quickstart"
+    frame = kdbench.table(run, each_seed=True)
+    assert list(frame["label"]) == ["student", "KD"] and list(frame["seed"]) == [0, 0]
+    assert frame["last"].tolist() == [record.result.test.last for record in read_records(run)]
+    records = read_records(run)
+    assert kdbench.table(records, each_seed=True).equals(frame)
+    for other in ({"metric": "best"}, {"published": "datafree_cifar10"}):
+        with pytest.raises(UserError, match=f"'{next(iter(other))}' is for a table that compares"):
+            kdbench.table(run, each_seed=True, **other)  # type: ignore[arg-type]
+
+
+def test_a_record_is_shown_in_a_line(runs: Path) -> None:
+    record = read_records(runs)[1]
+    assert str(record) == repr(record) == f"<Record: KD, seed 0, {record.result.test.last:.2f} %, {record.folder}>"
+    assert repr(record.model_copy(update={"folder": None})).endswith(" %>")
+
+
 def test_one_text_is_no_list_of_letters(runs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     run = runs / "quickstart"
