@@ -85,9 +85,7 @@ def run(
             # Published cells that were not taken are open now.
             session.check_cells(finished.open)
             # A plan that was refused leaves the last one's table as it is.
-            about = {"name": plan.name, "title": plan.title, "recipe": plan.recipe}
-            about |= {"cells": [cell.folder.name for cell in cells]}
-            write_json(folder / RUN, about)
+            write_json(folder / RUN, _about(plan, cells))
             listener.begin(cells, plan.title or plan.name)
             try:
                 if finished.open:
@@ -95,11 +93,15 @@ def run(
                     session.train(plan, folder, finished.open, done)
             finally:
                 listener.end()
-                # On a full disk a table names them by their folders.
-                with suppress(OSError):
-                    _tell_failed(folder / RUN, about, cells)
+                _tell_failed(folder / RUN, _about(plan, cells), cells)
     done = [cell.folder for cell in cells if cell.state == "finished"]
     return Outcome(folder, done, [cell for cell in cells if cell.state == "failed"])
+
+
+def _about(plan: Plan, cells: Cells) -> dict[str, Any]:
+    """What a run's folder says of it."""
+    about = {"name": plan.name, "title": plan.title, "recipe": plan.recipe}
+    return about | {"cells": [cell.folder.name for cell in cells]}
 
 
 def _tell_failed(file: Path, about: dict[str, Any], cells: Cells) -> None:
@@ -107,7 +109,9 @@ def _tell_failed(file: Path, about: dict[str, Any], cells: Cells) -> None:
     failed = [(cell, cell.message.partition("\n")[0].partition("; ")[0]) for cell in cells if cell.state == "failed"]
     if failed:
         said = {cell.folder.name: f"{cell.label}: {shorten(why, LONGEST_REASON)}" for cell, why in failed}
-        write_json(file, about | {"failed": said})
+        # On a full disk a table names them by their folders.
+        with suppress(OSError):
+            write_json(file, about | {"failed": said})
 
 
 def _check_case(folder: Path) -> None:
