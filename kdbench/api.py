@@ -21,10 +21,11 @@ def run(
     registries: str | Path | Iterable[str | Path] = (),
     **options: Any,
 ) -> list[Record]:
-    """Train every cell of a recipe that is not finished yet.
+    """Train every cell of a recipe that is not finished yet. It writes no table and no plots.
 
     Args:
-        recipe: A file, the name of a shipped recipe, or a dictionary with the keys of a recipe.
+        recipe: A file, the name of a shipped recipe, or a dictionary with the keys of a recipe, whose run is called
+            `recipe`: give each of several dictionaries its own `runs`.
         overrides: Strings "dotted.path=value" (or one alone), or a dictionary of dotted paths to values.
         runs: Folder in which the run's folder, `<recipe>/`, is written.
         registries: Folders with your own cards, or one alone. Their Python files are executed.
@@ -69,6 +70,7 @@ def table(
     records: str | Path | Record | Iterable[Record | str | Path],
     published: str | Iterable[str] = (),
     registries: str | Path | Iterable[str | Path] = (),
+    each_seed: bool = False,
     **options: Any,
 ) -> pandas.DataFrame:
     """A comparison table of records: mean, deviation, n and paired difference for each method.
@@ -77,24 +79,34 @@ def table(
         records: Records, or folders that hold them; one alone too.
         published: Keys of published tables to show too, or one alone; "key:ce,kd" takes some of its methods.
         registries: Folders with your own cards, if a published table is one of them.
+        each_seed: One row for each record, with the columns of `records.csv`, and nothing compared. It goes with no
+            published table and no options.
         options: Arguments of `kdbench.results.tables.build` (baseline, metric, interval, columns, …).
 
     Returns:
-        One row for each method and column of the table.
+        One row for each method and column of the table, with the columns of `table.csv`.
 
     Raises:
         UserError: There are no records, or they cannot stand in one table.
     """
-    from kdbench.record import Record, read_records
+    from kdbench.errors import UserError
+    from kdbench.record import Record, read_records, unfinished
     from kdbench.results.copied import published_tables
-    from kdbench.results.frames import to_frame
+    from kdbench.results.frames import records_frame, to_frame
     from kdbench.results.tables import build
 
     given = [records] if isinstance(records, str | Path | Record) else list(records)
     found = [one for one in given if isinstance(one, Record)]
     paths = [one for one in given if not isinstance(one, Record)]
+    found += read_records(paths) if paths else []
+    if each_seed:
+        if other := [*options, *(["published"] if published else [])]:
+            raise UserError(f"'{other[0]}' is for a table that compares", "each_seed", "leave one of the two out")
+        return records_frame(found)
     beside = published_tables([published] if isinstance(published, str) else published, registries)
-    return to_frame(build([*found, *(read_records(paths) if paths else [])], published=beside, **options))
+    if paths:
+        options.setdefault("unfinished", unfinished(paths))
+    return to_frame(build(found, published=beside, **options))
 
 
 def load_student(

@@ -84,6 +84,13 @@ class Record(Open):
         parts.SpecForm.model_validate(spec)
         return spec
 
+    def __repr__(self) -> str:
+        """In short: whole, it fills a screen."""
+        at = f", {self.folder}" if self.folder is not None else ""
+        return f"<Record: {self.cell.label}, seed {self.cell.seed}, {self.result.test.last:.2f} %{at}>"
+
+    __str__ = __repr__
+
     @cached_property
     def resolved(self) -> CellSpec | None:
         """The resolved recipe, typed; None where another version wrote it in a form that this one does not know."""
@@ -177,7 +184,8 @@ FolderName = Annotated[str, AfterValidator(plain_name)]
 
 
 class RunFile(Open):
-    """What recipe.json says of a run: its name, its title, its recipe, and folder names of the planned cells.
+    """What recipe.json says of a run: its name, its title, its recipe, folder names of the planned cells, and label,
+    seed and reason of those that failed.
 
     An older version's says less.
     """
@@ -186,6 +194,7 @@ class RunFile(Open):
     title: str = ""
     recipe: dict[str, Any] | None = None
     cells: list[FolderName] | None = Field(default=None, min_length=1)
+    failed: dict[str, str] = {}
 
     @field_validator("cells")
     @classmethod
@@ -304,6 +313,17 @@ def unfinished(paths: str | Path | Iterable[str | Path]) -> list[Path]:
     given = paths_of(paths)
     cells = {cell for path in given if path.is_dir() for cell in _cell_folders(path) or [path]}
     return sorted(cell for cell in cells if not (cell / RECORD).is_file())
+
+
+def failures(cells: Iterable[str | Path]) -> dict[str, str | None]:
+    """Folder name of each cell without a record, sorted -> what its run says of why it failed; None where it does not.
+
+    Args:
+        cells: their folders, which need not be there.
+    """
+    folders = [Path(cell) for cell in cells]
+    runs = {run: read_run(run).failed for run in {cell.parent for cell in folders} if (run / RUN).is_file()}
+    return {cell.name: runs.get(cell.parent, {}).get(cell.name) for cell in sorted(folders, key=lambda one: one.name)}
 
 
 def metrics(folder: str | Path) -> list[dict[str, Any]]:

@@ -107,7 +107,7 @@ class _Lines(_Base):
             self.shown.add((cell.id, cell.state))
             said = f"failed: {cell.message}"
             if cell.state == "finished":
-                said = f"{cell.accuracy:.2f} % in {clock(cell.seconds)}"
+                said = f"{cell.accuracy:.2f} % in {clock(cell.seconds)}, evaluations included"
             self.say(f"{cell.label}: {said}   [{self.summary()}]")
         elif time.monotonic() - self.last >= LINE_SECONDS:
             self.last = time.monotonic()

@@ -37,11 +37,13 @@ def open_cells(cells: Sequence[PlannedCell], folder: Path) -> list[PlannedCell]:
 
 def teacher_folder(spec: TeacherSpec, runs: Path) -> Path:
     """Folder of a teacher: the records of its training, or its measured accuracy (of several: all their weights)."""
+    # A model of timm's has a colon in its name.
+    name = spec.name.replace(":", "_")
     if spec.members:
-        return inside(runs / TEACHERS, f"{spec.name}-{spec.identity()[:8]}")
+        return inside(runs / TEACHERS, f"{name}-{spec.identity()[:8]}")
     if (own := spec.trained_by) is None:
         which = spec.identity()[:8] if spec.choice else spec.weights.sha256[:8] if spec.weights else "untrained"
-        return inside(runs / TEACHERS, f"{spec.name}-{which}")
+        return inside(runs / TEACHERS, f"{name}-{which}")
     names = [f"{spec.name}-{identity[:8]}" for identity in own.identities()]
     return _finished_or_first([inside(runs / TEACHERS, name) for name in names])
 

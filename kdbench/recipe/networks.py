@@ -171,9 +171,10 @@ def _own_teacher(choice: TeacherChoice, tree: Tree, registry: Registry) -> Teach
     size = choice.image_size
     if size is None and choice.classes is None and training is not None and training.image_size != card.image_size:
         size = training.image_size
+    model = _teacher_model(tree.at("teacher", "model"), registry, size)
     return TeacherSpec(
-        name=file.stem,
-        model=_teacher_model(tree.at("teacher", "model"), registry, size),
+        name=f"{model.name} ({file.name})",
+        model=model,
         normalization=choice.normalization or (training or card).normalization,
         weights=WeightsSpec(file=str(file), sha256=digest, entry=choice.entry),
         accuracy=choice.accuracy,

@@ -11,7 +11,7 @@ from kdbench.reading import inside
 from kdbench.record import Metric, Record
 from kdbench.results import statistics
 from kdbench.results.comparison import Axis, Column, Comparison, Row, compare
-from kdbench.results.plots import Panel, groups_of, look_of, save, teacher_of
+from kdbench.results.plots import Panel, groups_of, look_of, save, teacher_of, with_spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -100,4 +100,5 @@ def _draw_errors(
         axis.yaxis.set_major_formatter(ScalarFormatter())
         axis.yaxis.set_minor_locator(NullLocator())
     axis.set_xlabel(name)
-    axis.set_ylabel("test error (%)")
+    spread = any(summary.deviation is not None for curve in curves.values() for summary in curve.values())
+    axis.set_ylabel(with_spread("test error (%)", spread))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kdbench.results.comparison import Comparison
 from kdbench.results.contents import Table
-from kdbench.results.plots import Look, Panel, look_of
+from kdbench.results.plots import Look, Panel, look_of, with_spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -90,6 +90,6 @@ def _cost_panel(title: str, label: str, points: Sequence[Point]) -> Panel:
         if label == "parameters":
             axis.xaxis.set_major_formatter(EngFormatter())
         axis.set_xlabel(label + scale)
-        axis.set_ylabel("test accuracy (%)")
+        axis.set_ylabel(with_spread("test accuracy (%)", any(point.deviation is not None for point in points)))
 
     return Panel(title, draw)

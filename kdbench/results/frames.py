@@ -40,7 +40,18 @@ def to_frame(table: Table) -> pandas.DataFrame:
 
 def records_csv(records: Iterable[Record]) -> str:
     """The long form: one line for every record, whatever a table would leave out. Ends with a newline."""
-    return _csv([_line(record) for record in recipe_order(records)])
+    return _csv(_lines(records))
+
+
+def records_frame(records: Iterable[Record]) -> pandas.DataFrame:
+    """The same as a data frame."""
+    import pandas
+
+    return pandas.DataFrame(_lines(records))
+
+
+def _lines(records: Iterable[Record]) -> list[dict[str, Any]]:
+    return [_line(record) for record in recipe_order(records)]
 
 
 def _line(record: Record) -> dict[str, Any]:
@@ -135,7 +146,7 @@ def _numbers(table: Table, cell: Entry) -> dict[str, Any]:
             for name in (f"{measure.metric}.{point}" for measure in table.measures for point in measure.points)
         },
         **{f"also.{name}": _mean(cell.also.get(name)) for name in table.also},
-        "seconds": _round(cell.seconds, 2),
+        "training_seconds": _round(cell.seconds, 2),
         "images_per_second": _round(cell.images_per_second, 1),
     }
 

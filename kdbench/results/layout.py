@@ -193,7 +193,7 @@ def _details(table: Table) -> Grid:
         header += [f"{measure.title} {point.removesuffix(f'.{suffix}')}" for point in measure.points]
     caption = ", ".join((["tuned setting"] if tuned else []) + captions)
     caption = f"{caption[:1].upper()}{caption[1:]} and cost" if caption else "Cost"
-    return _blocks(table, caption, (*header, "seconds"), entries)
+    return _blocks(table, caption, (*header, "training seconds"), entries)
 
 
 def _blocks(

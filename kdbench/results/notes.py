@@ -60,7 +60,7 @@ def notes_of(
     for measure in measures:
         yield from _measure(records, measure)
     yield from _modules(comparison)
-    yield "Seconds are the mean training time of one seed; methods that train together share their teacher's passes"
+    yield _seconds(records)
     yield from (Note(text, warning=True) for text in comparison.notes)
 
 
@@ -93,11 +93,14 @@ def _differences(comparison: Comparison, rows: Sequence[MethodRow], tests: int, 
     if tests:
         level = "5 %" if tests == 1 else f"5 % / {tests} (Holm's first step)"
         compared = counted(tests, "comparison")
+        pairs = [cell.difference for row in rows for cell in row.cells if cell is not None and cell.difference]
+        few = any(pair.n < statistics.FEWEST_TO_PLAN for pair in pairs)
         yield f"Intervals are 95 % {_INTERVALS[interval]} of the paired differences"
         yield f"p values are of two-sided paired t tests, with Holm's correction for the {compared} of this table"
         yield (
             f"Seeds needed: with so many, the difference would be found at a level of {level} with 80 % power, if its "
             "true size and deviation are as measured"
+            + (f"; not told below {statistics.FEWEST_TO_PLAN} seeds" if few else "")
         )
 
 
@@ -233,8 +236,18 @@ def _measure(records: Sequence[Record], measure: Measure) -> Said:
         yield Note(f"{measure.title} could not be measured at each hook point in {cells}", warning=True)
 
 
-def missing(comparison: Comparison, unfinished: Sequence[str]) -> Said:
-    """Warnings of cells that are not there."""
+def _seconds(records: Sequence[Record]) -> str:
+    """What a table's times hold and leave out."""
+    older = any(record.compute.training_seconds is None for record in records)
+    but = " (but in earlier versions)" if older else ""
+    return (
+        f"Training seconds are the mean of one seed, without evaluations{but}; methods that train together share their "
+        "teacher's passes"
+    )
+
+
+def missing(comparison: Comparison, unfinished: Mapping[str, str | None]) -> Said:
+    """Warnings of cells that are not there; `unfinished`: their names -> why they failed, None where they did not."""
     empty = [
         f"{row.label} ({column.label})" if comparison.axes else row.label
         for row in comparison.rows
@@ -243,8 +256,10 @@ def missing(comparison: Comparison, unfinished: Sequence[str]) -> Said:
     ]
     if empty:
         yield Note(f"–: no finished cell: {listed(empty)}", warning=True)
-    if unfinished:
-        yield Note(f"Not finished and not in the table: {listed(unfinished, 6)}", warning=True)
+    if failed := [why for why in unfinished.values() if why is not None]:
+        yield Note(f"Failed and not in the table: {listed(failed, 6)}", warning=True)
+    if left := [name for name, why in unfinished.items() if why is None]:
+        yield Note(f"Not finished and not in the table: {listed(left, 6)}", warning=True)
 
 
 def across_notes(found: Across | None, baseline: str) -> Said:

@@ -130,6 +130,11 @@ def accuracy_panels(comparison: Comparison, log: Logs) -> list[Panel]:
     return panels
 
 
+def with_spread(label: str, spread: bool) -> str:
+    """The label of an axis on which a band, bar or whisker may stand for a deviation."""
+    return f"{label} ± 1 deviation" if spread else label
+
+
 def groups_of(comparison: Comparison, curves: Mapping[Row, T]) -> list[tuple[str, dict[Row, T]]]:
     """Curves as charts show them together, those of the first method in each group; before each, what its title adds:
     ' (1 of 2)', or nothing for a single one."""
@@ -221,7 +226,7 @@ def _curves_panel(
         for row, curve in curves.items():
             _draw_curve(axis, curve, look_of(comparison, row), row.label)
         axis.set_xlabel("epoch")
-        axis.set_ylabel(label)
+        axis.set_ylabel(with_spread(label, any(len(values) > 1 for _, values in curves.values())))
         if part is not None:
             axis.set_xlim(*part.epochs)
             axis.set_ylim(*part.values)
@@ -284,7 +289,7 @@ def _seeds_panel(comparison: Comparison, column: Column) -> Panel:
         axis.set_yticks(range(len(by_row)), [row.label for row in comparison.rows])
         axis.set_ylim(len(by_row) - 0.5, -0.5)
         axis.grid(axis="y", visible=False)
-        axis.set_xlabel("test accuracy (%)")
+        axis.set_xlabel(with_spread("test accuracy (%)", any(len(values) > 1 for values in by_row)))
 
     return Panel(title, draw)
 

@@ -18,6 +18,8 @@ from scipy.special import ndtr, stdtr, stdtrit
 # Records hold accuracies in percent with four decimals: a smaller spread is rounding.
 NO_SPREAD = 1e-4
 
+# With fewer pairs their deviation is too uncertain to plan by.
+FEWEST_TO_PLAN = 3
 # Numbers of seeds above it are not told apart.
 MOST_SEEDS = 1000
 BOOTSTRAP_SEEDS = 20
@@ -40,7 +42,7 @@ class Paired:
     `deviation`, `low`, `high`, `p` are None with one pair; `low`, `high`, `p` also where all differences are equal,
     since the t statistic has no meaning then. In a table, `p_holm` is p after Holm over all its tests, and
     `seeds_needed` the pairs with which the seen difference would be found with 80 % power at Holm's first step; both
-    None without p.
+    None without p, and the latter with fewer than `FEWEST_TO_PLAN` pairs.
     """
 
     n: int

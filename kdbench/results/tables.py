@@ -14,7 +14,7 @@ from typing import get_args
 from kdbench.cards import LossCard
 from kdbench.errors import UserError, check_word, counted
 from kdbench.published import PublishedCard
-from kdbench.record import Metric, Record
+from kdbench.record import Metric, Record, failures
 from kdbench.registry import Registry
 from kdbench.results import statistics
 from kdbench.results.across import across
@@ -56,7 +56,7 @@ def build(
         metric: "last" (after the last step), "best" (best test epoch, marked as optimistic) or "mean_last" (mean of the
             evaluations in the last 10 epochs).
         title: shown above; by default the names of teacher, student and data.
-        unfinished: folders, or their names, of cells without a record; a note says so.
+        unfinished: folders of cells without a record; a note says so, and why they failed if their run's folder does.
         interval: of the differences: Student's, or a bootstrap's where every difference has 20 seeds.
         published: key -> card of published tables whose numbers are shown too, marked as copied.
         columns: names of numbers to show too, see `comparison.compare`.
@@ -77,7 +77,7 @@ def build(
     measures = _measures(comparison.records)
     said = [
         *notes_of(comparison, rows, metric, tests, measures, interval),
-        *missing(comparison, [*sorted(Path(cell).name for cell in unfinished), *failed]),
+        *missing(comparison, failures(unfinished) | dict.fromkeys(failed)),
         *across_notes(summed, comparison.baseline.label),
         *copied_notes(copied, published or {}),
         *(Note(text, letter) for text, letter in marks.items()),
@@ -152,8 +152,9 @@ def _differences(
     adjusted = dict(zip(tests, statistics.holm(list(tests.values())), strict=True))
     for place, key in keys.items():
         pair = found[place]
-        assert pair.deviation is not None
-        needed = statistics.seeds_needed(pair.mean, pair.deviation, ALPHA / len(tests))
+        needed = None
+        if pair.n >= statistics.FEWEST_TO_PLAN and pair.deviation is not None:
+            needed = statistics.seeds_needed(pair.mean, pair.deviation, ALPHA / len(tests))
         found[place] = replace(pair, p_holm=adjusted[key], seeds_needed=needed)
     return found, len(tests)
 

@@ -2,15 +2,22 @@
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import get_args
 
+from kdbench.errors import counted
 from kdbench.record import Record
 from kdbench.results.contents import Table
+from kdbench.results.copied import DAGGER
+from kdbench.results.facts import ranged
 from kdbench.results.frames import records_csv, table_csv
 from kdbench.results.latex import ROWS, LatexForm, for_page, label_of
-from kdbench.results.layout import layout
+from kdbench.results.layout import ABSENT, layout
 from kdbench.results.page import html
 from kdbench.results.rendering import rendered
+
+# Notes that begin so say what a sign in the table means.
+SIGNS = (f"{DAGGER}:", f"{ABSENT}:")
 
 
 def markdown(table: Table) -> str:
@@ -19,7 +26,9 @@ def markdown(table: Table) -> str:
 
 
 def latex(table: Table, form: LatexForm = "page", label: str | None = None) -> str:
-    """LaTeX that compiles as it stands: every grid as a table of its own, then the notes.
+    """LaTeX that compiles as it stands: every grid as a table of its own, then what letters and signs in it mean.
+
+    All other notes are in a macro: an author takes them or leaves them.
 
     Args:
         label: by which the text refers to it; of the title where absent.
@@ -27,7 +36,20 @@ def latex(table: Table, form: LatexForm = "page", label: str | None = None) -> s
     title = table.title or "Comparison"
     grids = list(for_page(layout(table), form))
     label = label or label_of(title)
-    return rendered("table.tex", table=table, title=title, label=label, grids=grids, form=form, float_rows=ROWS)
+    grids[0] = replace(grids[0], caption=f"{grids[0].caption}. {in_short(table)}")
+    signs = [note for note in table.notes if note.mark or note.text.startswith(SIGNS)]
+    notes = [note for note in table.notes if note not in signs]
+    values = {"title": title, "label": label, "grids": grids, "form": form, "float_rows": ROWS}
+    return rendered("table.tex", signs=signs, notes=notes, **values)
+
+
+def in_short(table: Table) -> str:
+    """What a caption says of the accuracies: spread, seeds and budget without what methods take beyond it."""
+    cells = [cell for row in table.rows for cell in row.cells if cell is not None]
+    counts = sorted({cell.n for cell in cells})
+    epochs = sorted({round(cell.budget.epochs - cell.budget.extra_epochs, 3) for cell in cells})
+    seeds = "One seed" if counts == [1] else f"± is the sample standard deviation, n = {ranged(counts)} seeds"
+    return f"{seeds}, {f'{epochs[0]:g} to ' if len(epochs) > 1 else ''}{counted(epochs[-1], 'epoch', 'g')}"
 
 
 def latex_forms(table: Table, text: str) -> list[str]:

@@ -1,12 +1,16 @@
 """What was tuned before a table was made: notes below it, and every setting that was tried."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from kdbench.errors import counted
 from kdbench.record_parts import RecordedTuning, Tried
 from kdbench.results.comparison import Comparison
 from kdbench.results.facts import grouped, in_words, listed
 from kdbench.tree import text
+
+# Values of one option, and methods' spaces, that a note says one by one. The page has all trials.
+MOST_VALUES, MOST_SPACES = 4, 6
 
 
 def tunings(comparison: Comparison) -> Iterator[tuple[str, RecordedTuning | None]]:
@@ -22,11 +26,16 @@ def tunings(comparison: Comparison) -> Iterator[tuple[str, RecordedTuning | None
 
 
 def tuning_notes(comparison: Comparison) -> Iterator[str]:
-    """How settings were chosen, and where there was nothing to choose. Which were chosen is a column of the table."""
+    """How settings were chosen, among which, and where there was nothing to choose. The table has the chosen ones."""
     found = list(tunings(comparison))
     by_way = grouped((_way(tuning), label) for label, tuning in found if tuning is not None)
     for way, tuned in by_way.items():
         yield f"Tuned: {way}, never on the test set" + (f" ({listed(tuned)})" if len(by_way) > 1 else "")
+    if by_way:
+        spaces = grouped((_space(tuning), label) for label, tuning in found if tuning is not None)
+        said = [space + (f" ({listed(labels, 6)})" if len(spaces) > 1 else "") for space, labels in spaces.items()]
+        more = f"; {len(said) - MOST_SPACES} more in table.html" if len(said) > MOST_SPACES else ""
+        yield f"Settings tried: {'; '.join(said[:MOST_SPACES])}{more}"
     if by_way and (untuned := [label for label, tuning in found if tuning is None]):
         yield f"Not tuned: {listed(untuned)}"
 
@@ -36,6 +45,26 @@ def _way(tuning: RecordedTuning) -> str:
     seeds = f"{'seed' if len(tuning.seeds) == 1 else 'seeds'} {in_words(list(map(str, tuning.seeds)))}"
     part = f"{100 * tuning.validation:.4g} %" if tuning.validation < 1 else f"{tuning.validation:g}"
     return f"{counted(len(tuning.trials), 'trial')} each on {seeds}, by accuracy on {part} of the training images"
+
+
+def _space(tuning: RecordedTuning) -> str:
+    """The values that were tried, as 'temperature 2, 4 or 8'; of many, the lowest and the highest."""
+    values: dict[str, list[Any]] = {}
+    for tried in tuning.trials:
+        for path, value in tried.setting.items():
+            known = values.setdefault(path.removeprefix("method."), [])
+            known += [] if value in known else [value]
+    parts = [f"{path} {_values(known)}" for path, known in values.items()]
+    return ", ".join(parts) + (", or unchanged" if any(not tried.setting for tried in tuning.trials) else "")
+
+
+def _values(known: list[Any]) -> str:
+    if all(isinstance(value, int | float) for value in known):
+        known = sorted(known)
+        if len(known) > MOST_VALUES:
+            return f"{text(known[0])} to {text(known[-1])}"
+    *others, last = map(text, known)
+    return " or ".join(filter(None, (", ".join(others), last)))
 
 
 def trials(comparison: Comparison) -> list[tuple[str, ...]]:

@@ -19,7 +19,7 @@ from kdbench.results.texts import latex_forms, texts
 def write_tables_and_plots(folders: list[Path], out: Path, missing: list[str]) -> tuple[Table, list[Path]]:
     """The table of finished cells, which names the missing ones, and all files of it that were written."""
     records = read_records(folders)
-    table = build(records, unfinished=missing)
+    table = build(records, unfinished=[out / cell for cell in missing])
     files = [*write_files(table, out, records), *write_plots(records, out)]
     _remove_old_plots(out, files, out)
     return table, files

@@ -293,7 +293,8 @@ def _tables(folder: Folder) -> Iterator[Finding]:
         yield Finding("unchecked", "there is no record to make it from", "table.md", "the table's files")
         return
     try:
-        table = build(records, unfinished=[name for name in folder.run.cells or () if name not in folder.planned])
+        missing = [folder.path / name for name in folder.run.cells or () if name not in folder.planned]
+        table = build(records, unfinished=missing)
         made = texts(table, records, charts=False)
     except UserError as error:
         yield Finding("disagrees", f"no table can be made of the records: {error.what}", "table.md")
@@ -361,8 +362,8 @@ def _named_otherwise(folder: Folder, today: Plan, by_slug: dict[str, PlannedCell
         for key, value in json.loads(json.dumps(expected)).items():
             if in_record.get(key) == value:
                 continue
-            if key == "label":
-                renamed[f"'{in_record.get(key)}' is called '{value}' today"] = None
+            if key in ("label", "teacher") and in_record.get(key) and value:
+                renamed[f"'{in_record[key]}' is called '{value}' today"] = None
             else:
                 yield Finding("disagrees", f"cell.{key} is {in_record.get(key)}, its recipe plans {value}", slug)
     yield from (Finding("remark", what, "labels") for what in renamed)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import filecmp
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import yaml
 from conftest import ROOT, TINY, Kdbench, filled
 from typer.testing import CliRunner
 
+from kdbench import api
 from kdbench.cli import COMMANDS, app
 from kdbench.cli.ls import FAMILIES
 from kdbench.registry import Registry
@@ -218,20 +221,21 @@ def test_absent_data_says_where_it_was_looked_for(kdbench: Kdbench, tmp_path: Pa
 
 @pytest.mark.slow
 def test_a_cell_that_fails_does_not_stop_the_others(kdbench: Kdbench, tmp_path: Path) -> None:
-    done = kdbench(
-        "run",
-        *TINY,
-        "steps=8",
-        "evaluations=2",
-        "compare.method=[ce, kd]",
-        "compare.protocol.optimizer.lr=[0.1, 1.0e30]",
-        "--jobs",
-        "1",
-        code=1,
-    )
+    words = (*TINY, "steps=8", "evaluations=2", "compare.method=[ce, kd]", "--jobs", "1")
+    done = kdbench("run", *words, "compare.protocol.optimizer.lr=[0.1, 1.0e30]", code=1)
     assert "2 of 4 cells failed" in done.stderr and "not finite at step" in done.stderr
-    assert len(list((tmp_path / "runs" / "tiny").glob("*/record.json"))) == 2
+    run = tmp_path / "runs" / "tiny"
+    assert len(list(run.glob("*/record.json"))) == 2
     assert "Traceback" not in done.stderr
+    # The table says why, whoever makes it; and the next run tries again.
+    said = r"Failed and not in the table: [^;]*student.*, seed 0: the loss was not finite at step \d, .* term ce; .*KD"
+    assert re.search(said, (run / "table.md").read_text())
+    kdbench("table", run, "--out", tmp_path / "again")
+    assert filecmp.cmp(run / "table.md", tmp_path / "again" / "table.md", shallow=False)
+    assert any(re.match(said, note) for note in api.table(run).attrs["notes"])
+    (run / "recipe.json").write_text((run / "recipe.json").read_text().replace("finite at step", "finite before"))
+    assert "2 of 4 cells failed" in kdbench("run", *words, "compare.protocol.optimizer.lr=[0.1, 1.0e30]", code=1).stderr
+    assert "finite before" not in (run / "recipe.json").read_text()
 
 
 @pytest.mark.slow

@@ -72,6 +72,7 @@ def test_the_best_setting_of_each_method_comes_into_the_table(whole: Path) -> No
 def test_table_and_page_say_what_was_tried(whole: Path) -> None:
     said = " ".join((whole / "said").read_text().split())
     assert "Tuned: 3 trials each on seed 100, by accuracy on 20 % of the training images" in said
+    assert "Settings tried: temperature 1, 4 or 16 (KD); weight 1e+32 or 1e+34, or unchanged (AB" in said
     assert "tuned setting" in said and "Not tuned" not in said
     page = (whole / "tiny" / "table.html").read_text()
     section = page[page.index('id="tuning"') : page.index('id="cells"')]

@@ -47,6 +47,7 @@ def test_points_are_mean_errors_with_whiskers_of_one_deviation() -> None:
         ends = [100 - (a + b) / 2 + sign * (b - a) / 2**0.5 for a, b in FALLING.values() for sign in (-1, 1)]
         assert [y for (_, low), (_, high) in whiskers.get_segments() for y in (low, high)] == pytest.approx(ends)
     assert [bars.get_label() for bars in axis.containers] == ["CE", "KD"]
+    assert axis.get_ylabel() == "test error (%) ± 1 deviation"
     (teacher,) = [line for line in axis.lines if line.get_label() == "teacher"]
     assert set(teacher.get_ydata()) == {100 - 95.5}
 
@@ -59,6 +60,7 @@ def test_scales_are_logarithmic_where_much_is_spanned() -> None:
     # An error of zero has no logarithm; a value of zero stands beside the smallest.
     axis = drawn(records({0: (50.0,), 10: (90.0,), 1000: (100.0,)}, axis="method_free.weight"))
     assert (axis.get_xscale(), axis.get_yscale(), axis.get_xlabel()) == ("symlog", "linear", "weight")
+    assert axis.get_ylabel() == "test error (%)"
     zero, smallest, largest = axis.transData.transform([(value, 1) for value in (0, 10, 1000)])[:, 0]
     assert smallest - zero > (largest - zero) / 5
 

@@ -88,6 +88,8 @@ def test_a_teacher_that_does_not_know_these_labels_is_doubted(
     found, said = said_of(answer)
     assert found == pytest.approx(accuracy)
     assert all(words in said for words in holds) and not any(words in said for words in lacks), said
+    # What was measured is said once.
+    assert said.count("reaches") == bool(holds) and "?" not in said[:-1], said
 
 
 def test_classes_that_a_teacher_is_known_not_to_have_learned_are_no_doubt() -> None:

@@ -185,8 +185,8 @@ def test_a_student_that_teaches_brings_its_normalization_along(tmp_path: Path) -
     )
     assert spec.teacher.known_classes is None
     assert remarks([spec]) == [
-        "the teacher 'student' takes images normalized by mean 0.5 and deviation 0.25, as in its training, by the "
-        "record beside its weights"
+        "the teacher 'wrn_10_1 (student.safetensors)' takes images normalized by mean 0.5 and deviation 0.25, as in "
+        "its training, by the record beside its weights"
     ]
     other = taught_by(file, normalization={"mean": [0.1], "std": [0.2]})
     assert other.teacher is not None and other.teacher.normalization.mean == [0.1]

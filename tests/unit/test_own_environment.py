@@ -81,16 +81,41 @@ def called(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> int:
     return int(end.value.code or 0)
 
 
-def test_a_table_without_a_failed_cell_is_the_same_whoever_makes_it(runs: Path) -> None:
+@pytest.mark.parametrize("why", [None, "KD, seed 0: the loss was not finite at step 5, stage 'a', term x"])
+def test_a_table_without_a_failed_cell_is_the_same_whoever_makes_it(why: str | None, runs: Path) -> None:
     """A run, `kdbench table` and `kdbench verify` know that cell by different ways."""
     run = runs / "quickstart"
     for file in (run / CELLS[1]).iterdir():
         file.unlink()
+    told = f"Not finished and not in the table: {CELLS[1]}"
+    if why is not None:
+        told = f"Failed and not in the table: {why}"
+        about = json.loads((run / "recipe.json").read_text()) | {"failed": {CELLS[1]: why}}
+        (run / "recipe.json").write_text(json.dumps(about))
     write_tables([run / CELLS[0]], run, [CELLS[1]])
-    assert f"Not finished and not in the table: {CELLS[1]}" in (run / "table.md").read_text()
+    assert f"**{told}.**" in (run / "table.md").read_text()
     assert not [found for found in verify(run, REGISTRY) if found.level == "disagrees" and "table" in found.where]
     again = texts(build(read_records(run), unfinished=unfinished(run)), read_records(run))
     assert again["table.md"] == (run / "table.md").read_text()
+
+
+def test_a_teacher_that_was_called_otherwise_is_the_same(runs: Path) -> None:
+    """Earlier versions called one after its file alone."""
+    run = runs / "quickstart"
+    file = run / CELLS[1] / "record.json"
+    plain = json.loads(file.read_text())
+    for part in (plain["cell"], plain["spec"]["teacher"], plain["teacher"]):
+        part.update({"teacher" if part is plain["cell"] else "name": "teacher"})
+    file.write_text(json.dumps(plain))
+    about = json.loads((run / "recipe.json").read_text())
+    about["recipe"] |= {"compare": {"method": ["ce", "kd"]}, "seeds": 1}
+    (run / "recipe.json").write_text(json.dumps(about))
+    found = [finding for finding in verify(run, Registry()) if "teacher" in finding.what]
+    assert ("remark", "'teacher' is called 'wrn_16_2_digits' today") in {(one.level, one.what) for one in found}
+    kdbench.run("quickstart", ["compare.method=[ce, kd]", "seeds=1"], runs=runs, device="cpu", jobs=1)
+    named = read_records(run)[1]
+    assert named.teacher is not None
+    assert (named.teacher.name, named.cell.teacher) == ("wrn_16_2_digits", "wrn_16_2_digits")
 
 
 def test_a_folder_of_runs_is_its_cells_alone(runs: Path) -> None:
@@ -230,6 +255,24 @@ def test_a_misspelt_word_of_the_python_api_is_told(runs: Path) -> None:
         with pytest.raises(UserError, match="there is no '(bests|Bootstrap|bets)'") as caught:
             use()
         assert "did you mean 'b" in str(caught.value)
+
+
+def test_one_row_for_each_seed(runs: Path) -> None:
+    run = runs / "quickstart"
+    frame = kdbench.table(run, each_seed=True)
+    assert list(frame["label"]) == ["student", "KD"] and list(frame["seed"]) == [0, 0]
+    assert frame["last"].tolist() == [record.result.test.last for record in read_records(run)]
+    records = read_records(run)
+    assert kdbench.table(records, each_seed=True).equals(frame)
+    for other in ({"metric": "best"}, {"published": "datafree_cifar10"}):
+        with pytest.raises(UserError, match=f"'{next(iter(other))}' is for a table that compares"):
+            kdbench.table(run, each_seed=True, **other)  # type: ignore[arg-type]
+
+
+def test_a_record_is_shown_in_a_line(runs: Path) -> None:
+    record = read_records(runs)[1]
+    assert str(record) == repr(record) == f"<Record: KD, seed 0, {record.result.test.last:.2f} %, {record.folder}>"
+    assert repr(record.model_copy(update={"folder": None})).endswith(" %>")
 
 
 def test_one_text_is_no_list_of_letters(runs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from shipped import DIGITS, REGISTRY
 
 from kdbench.cli import cp
+from kdbench.engine.folders import teacher_folder
 from kdbench.engine.scheduling import CellState, cohorts_of
 from kdbench.errors import UserError
 from kdbench.files import SHARE
@@ -168,6 +169,13 @@ def test_teachers_of_one_name_do_not_share_a_cohort(tmp_path: Path) -> None:
     cells = planned(method="kd", teacher=teachers[0], compare={"teacher": teachers}).cells
     assert len(cells) == 2
     assert len(cohorts_of([CellState(cell, i, tmp_path / str(i)) for i, cell in enumerate(cells)])) == 2
+    assert {spec.teacher.name for cell in cells if (spec := cell.spec).teacher} == {"wrn_16_2 (student.safetensors)"}
+    # What it is called is part of no identity, and of its folder only as far as any system takes it.
+    (one, _), name = (cell.spec for cell in cells), "timm:resnet18 (teacher.pth)"
+    assert one.teacher is not None
+    renamed = one.model_copy(update={"teacher": one.teacher.model_copy(update={"name": name})})
+    assert renamed.identity() == one.identity() and renamed.teacher is not None
+    assert teacher_folder(renamed.teacher, tmp_path).name.startswith("timm_resnet18 (teacher.pth)-")
 
 
 def test_a_teachers_own_normalization_counts() -> None:

@@ -95,7 +95,7 @@ def test_curves_are_means_over_seeds_with_bands(tmp_path: Path, figures: list[Fi
     assert end.get_xlim()[0] > 25 and end.get_ylim()[0] > 82
     assert len({line.get_color() for line in whole.get_lines()}) == 4
     assert len({line.get_marker() for line in whole.get_lines()}) == 4
-    assert (whole.get_xlabel(), whole.get_ylabel()) == ("epoch", "test accuracy (%)")
+    assert (whole.get_xlabel(), whole.get_ylabel()) == ("epoch", "test accuracy (%) ± 1 deviation")
 
 
 def test_one_evaluation_and_methods_of_different_length(tmp_path: Path, figures: list[Figure]) -> None:
@@ -111,6 +111,8 @@ def test_one_evaluation_and_methods_of_different_length(tmp_path: Path, figures:
         plots.learning_curves(read_records([tmp_path / "runs" / "ce"]), tmp_path / "one.png")
         plots.learning_curves(read_records([tmp_path / "runs"]), tmp_path / "both.png")
     assert [[axis.get_title() for axis in figure.axes] for figure in figures] == [["whole run"]] * 2
+    # One seed has no band.
+    assert [figure.axes[0].get_ylabel() for figure in figures] == ["test accuracy (%)"] * 2
 
 
 def test_letters_that_the_font_lacks_are_boxes_without_a_warning(tmp_path: Path) -> None:
@@ -224,6 +226,7 @@ def test_accuracy_is_drawn_against_time_and_size() -> None:
     (whisker,) = times.containers[1][2][0].get_segments()
     assert whisker[:, 1] == pytest.approx([93 - 2**0.5, 93 + 2**0.5])
     assert times.get_xlabel() == "seconds" and times.get_xscale() == "linear"
+    assert times.get_ylabel() == "test accuracy (%) ± 1 deviation"
     slow = [*records, make("slow", 0, 95.0, order=2, compute__training_seconds=900.0)]
     assert drawn_costs(slow)["training time of one seed"].get_xlabel() == "seconds (logarithmic)"
     large = drawn_costs(
@@ -247,7 +250,7 @@ def test_every_seed_is_a_point(tmp_path: Path, figures: list[Figure]) -> None:
     points = [line for line in axis.get_lines() if line.get_linestyle() == "None"]
     np.testing.assert_allclose([line.get_xdata() for line in points], [[84 + k, 84.1 + k, 84.2 + k] for k in range(4)])
     assert [label.get_text() for label in axis.get_yticklabels()] == list(LABELS.values())
-    assert "teacher 95.50" in axis.get_title()
+    assert "teacher 95.50" in axis.get_title() and axis.get_xlabel() == "test accuracy (%) ± 1 deviation"
 
 
 def test_the_teacher_is_a_line_only_where_it_is_near(tmp_path: Path, figures: list[Figure]) -> None:
@@ -263,6 +266,7 @@ def test_one_seed_and_several_columns(tmp_path: Path, figures: list[Figure]) -> 
     records = run(tmp_path / "runs", seeds=1, student="wrn_40_1")
     assert all(file.is_file() for file in draw_all(records, tmp_path))
     assert len(figures[0].axes) == 4 and len(figures[1].axes) == 4 and len(figures[2].axes) == 2
+    assert figures[1].axes[0].get_ylabel() == "agreement" and figures[2].axes[0].get_xlabel() == "test accuracy (%)"
 
 
 def test_labels_do_not_overlap(tmp_path: Path, figures: list[Figure]) -> None:

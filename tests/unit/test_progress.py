@@ -165,13 +165,16 @@ def test_a_cell_that_ends_before_its_fiftieth_step_sets_the_clock(clock: list[fl
     assert "about 10 s left" in lines.summary()
 
 
-def test_nothing_is_left_of_a_run_whose_only_cell_took_no_time(clock: list[float]) -> None:
+def test_nothing_is_left_of_a_run_whose_only_cell_took_no_time(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
     (cell,) = cells = running(1, total=8, accuracy=50.0)
     lines = progress._Lines()
     lines.begin(cells, "title")
     cell.step, cell.state = 8, "finished"
     lines.update(cell)
     assert "almost done" in lines.summary()
+    assert ": 50.00 % in 0 s, evaluations included   [1/1 cell finished" in capsys.readouterr().err
 
 
 def test_one_cell_is_not_called_cells(capsys: pytest.CaptureFixture[str]) -> None:

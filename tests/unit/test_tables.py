@@ -375,6 +375,31 @@ def test_fewer_seeds_missing_cells_and_unfinished_cells_are_marked() -> None:
     assert "–: no finished cell: KD (b)" in notes(several)
 
 
+def tried(name: str, *values: Any) -> dict[str, Any]:
+    """How a setting was chosen; None: the recipe's own."""
+    trials = [
+        {"setting": {} if value is None else {f"method.{name}": value}, "cells": ["x"], "accuracies": [50.0]}
+        for value in values
+    ]
+    return {"seeds": [100], "validation": 0.2, "trials": trials}
+
+
+def test_a_table_says_which_settings_were_tried() -> None:
+    def said(**tunings: dict[str, Any]) -> str:
+        records = [make(name, label=name, cell__tuning=one, order=k) for k, (name, one) in enumerate(tunings.items())]
+        (note,) = (one.text for one in build(records).notes if one.text.startswith("Settings tried: "))
+        return note.removeprefix("Settings tried: ")
+
+    few, many = tried("temperature", 8.0, 2.0, 4.0), tried("weight", None, 3.0, 0.1, 31.6, 10.0, 1.0)
+    assert said(kd=few) == "temperature 2, 4 or 8."
+    assert said(kd=few, ab=many) == "temperature 2, 4 or 8 (kd); weight 0.1 to 31.6, or unchanged (ab)."
+    assert said(kd=few, at=few, ab=tried("mode", "a", "b")) == "temperature 2, 4 or 8 (kd, at); mode a or b (ab)."
+    # A space that many methods share is said once, and of many spaces the first.
+    assert said(**{f"m{k}": many for k in range(76)}) == "weight 0.1 to 31.6, or unchanged."
+    long = said(**{f"m{k:02}": tried(f"x{k}", *range(1, 9)) for k in range(76)})
+    assert long.endswith("; x5 1 to 8 (m05); 70 more in table.html.") and len(long) < 200
+
+
 def test_parts_of_a_wide_grid_repeat_the_first_column_and_leave_out_rows_that_say_nothing() -> None:
     def row(name: str, columns: int) -> tuple[Text, ...]:
         return tuple(map(Text, [name, *map(str, range(1, columns + 1)), *[""] * (8 - columns)]))
@@ -434,6 +459,14 @@ def test_seeds_needed_are_for_the_level_at_which_the_table_tests() -> None:
     assert alone.seeds_needed == statistics.seeds_needed(0.4, 0.1)
     assert beside.seeds_needed == statistics.seeds_needed(0.4, 0.1, alpha=0.025)
     assert beside.seeds_needed > alone.seeds_needed  # type: ignore[operator]
+
+
+def test_seeds_needed_are_not_told_from_two_seeds() -> None:
+    two = build(comparison({"ce": [80.0, 80.2, 80.1], "kd": [84.0, 84.5], "ab": [84.0, 84.3, 84.1]}))
+    rows = {row[0].text: [entry.text for entry in row] for row in layout(two)[0].rows}
+    assert rows["KD"][2] == "2" and rows["KD"][-1] == "–" and float(rows["KD"][-2]) < 1 and rows["AB"][-1].isdigit()
+    assert "deviation are as measured; not told below 3 seeds" in notes(two)
+    assert "not told below" not in notes(build(comparison(VALUES)))
 
 
 def test_numbers_that_are_asked_for_stand_beside_the_accuracies() -> None:
@@ -502,7 +535,7 @@ def test_any_metric_that_a_record_holds_is_in_every_form_of_the_table(tmp_path: 
     table = build(records)
     text = markdown(table)
     assert "Map distance and cost:" in text
-    assert "| method | map distance layer1 | map distance layer2 | seconds |" in text
+    assert "| method | map distance layer1 | map distance layer2 | training seconds |" in text
     assert "| OWN | 3.25 | 0.5 |" in text
     assert "Map distance is a metric of its loss, after the last step." in notes(table)
     of_own = next(row for row in csv.DictReader(io.StringIO(table_csv(table))) if row["method"] == "own")
@@ -722,7 +755,9 @@ def test_extra_budget_agreement_teacher_and_seconds_are_shown() -> None:
     assert (ab.budget.extra_epochs, ab.budget.epochs) == (30.0, 230.0)
     # Training took 120 and 121 seconds; earlier versions noted those with evaluations alone, 130.
     assert ab.seconds == 120.5
-    assert cell(build(comparison({"ce": [93.0]}, compute__training_seconds=None)), "CE").seconds == 130.0
+    assert "Training seconds are the mean of one seed, without evaluations; " in notes(table)
+    older = build(comparison({"ce": [93.0]}, compute__training_seconds=None))
+    assert cell(older, "CE").seconds == 130.0 and "without evaluations (but in earlier versions);" in notes(older)
     assert {name: found.mean for name, found in ab.numbers.items()} == {
         "agreement.layer1.preact": pytest.approx(0.805),
         "agreement.layer2.preact": pytest.approx(0.70),
@@ -785,7 +820,8 @@ def test_every_number_of_a_line_of_the_csv_file_is_what_its_column_says() -> Non
     expected = {
         "mean": 271.3 / 3, "deviation": (0.13 / 3) ** 0.5, "difference": 0.3, "difference_low": 0.3 - 0.430265,
         "difference_high": 0.3 + 0.430265, "difference_n": 3, "p": 1 - 3 / 11**0.5, "teacher_accuracy": 94.5,
-        "epochs": 230.0, "extra_epochs": 30.0, "seconds": 70.0, "images_per_second": 4999.0, "average_rank": 1.5,
+        "epochs": 230.0, "extra_epochs": 30.0, "training_seconds": 70.0, "images_per_second": 4999.0,
+        "average_rank": 1.5,
     }  # fmt: skip
     assert {name: float(found[name]) for name in expected} == pytest.approx(expected, abs=1e-6)
     assert (found["rank"], found["teacher"], rows["AB", "wrn_16_1"]["rank"]) == ("second", "of wrn_16_1", "best")
@@ -889,6 +925,33 @@ def compiled(folder: Path, body: str, options: str = "") -> str:
     ).stdout
 
 
+# Whoever wants the notes in the paper writes this behind the table.
+NOTES = "\\kdbenchnotes\n"
+
+
+def test_latex_prints_what_a_reader_needs_and_keeps_the_other_notes_ready(tmp_path: Path) -> None:
+    records = comparison({"ce": VALUES["ce"], "kd": VALUES["kd"][:2]}, extra_epochs=30.0)
+    table = build(records, title="Mine")
+    source = latex(table)
+    assert (
+        r"\caption{Mine. Accuracy, last epoch. $\pm$ is the sample standard deviation, n = 2 to 3 seeds, 200 epochs.}"
+        in source
+    )
+    once = latex(build(comparison({"ce": [93.0]}), title="Mine"))
+    assert (
+        r"\caption{Mine. Accuracy, last epoch. One seed, 200 epochs.}" in once
+        and "Notes on" not in once.partition(r"\def")[0]
+    )
+    two = latex(build(grid_of(["a"], [0.1, 1.0], ce=[80, 81], kd=[81, 82]), title="Mine"))
+    assert two.count("sample standard deviation, n = 2") == 1
+    # Of what is not asked for there are the letters in the table.
+    said = [" ".join(compiled(tmp_path, text).split()) for text in (source, source + NOTES)]
+    if all(said):
+        assert all("no finished cell for seed 2" in text for text in said)
+        assert ["Numbers are test accuracies" in text for text in said] == [False, True]
+        assert [text.count("Machine: Model 7 Processor") for text in said] == [0, 1]
+
+
 def test_latex_compiles_with_every_special_character(tmp_path: Path) -> None:
     records = [
         make(
@@ -903,7 +966,7 @@ def test_latex_compiles_with_every_special_character(tmp_path: Path) -> None:
         for i, (m, several) in enumerate(VALUES.items())
         for s, v in enumerate(several)
     ]
-    text = compiled(tmp_path, latex(build(records, title=SPECIAL)))
+    text = compiled(tmp_path, latex(build(records, title=SPECIAL)) + NOTES)
     if text:
         for shown in ("94.50 ± 0.17", "#$%&", "{}", "[ce]", "[U+4E2D]", "+0.40", "layer1"):
             assert shown in text, text
@@ -917,7 +980,7 @@ def test_latex_of_columns_with_one_seed_is_no_wider(tmp_path: Path) -> None:
         for epochs in (1, 5, 10, 20, 50, 100)
         for seed in range(1 if epochs == 100 else 3)
     ]
-    compiled(tmp_path, latex(build(records)))
+    compiled(tmp_path, latex(build(records)) + NOTES)
 
 
 def test_latex_of_copied_numbers_and_of_several_pairs_compiles(tmp_path: Path) -> None:
@@ -939,7 +1002,7 @@ def test_latex_of_copied_numbers_and_of_several_pairs_compiles(tmp_path: Path) -
     cards = {key: registry.card("published", key) for key in ("crd_cifar100", "norm_cifar100")}
     one = build(records[:9], published={"crd_cifar100": cards["crd_cifar100"]})
     assert len(one.columns) == 1
-    text = compiled(tmp_path, latex(build(records, published=cards)) + latex(one))
+    text = compiled(tmp_path, latex(build(records, published=cards)) + NOTES + latex(one) + NOTES)
     if text:
         # The text of a PDF lacks the dagger and the underscore, which are drawn.
         for shown in ("74.92", "70.66", "copied", "critical distance", "Across the", "30 epochs on top"):
@@ -952,7 +1015,7 @@ def test_latex_of_notes_longer_than_a_page_fits_its_pages(tmp_path: Path) -> Non
     records = comparison({name: [90.0 + k / 80, 91.0, 90.5][: 2 + k % 2] for k, name in enumerate(names)})
     table = build(records, unfinished=failed)
     more = [Note(f"{note.text} " + "and what else is to be said of it " * 9, note.mark) for note in table.notes]
-    text = compiled(tmp_path, latex(replace(table, notes=(*table.notes, *more, *more))))
+    text = compiled(tmp_path, latex(replace(table, notes=(*table.notes, *more, *more))) + NOTES)
     if text:
         assert " ".join(text.split()).count("and what else is to be said of it") > 100
 
@@ -974,7 +1037,7 @@ def test_latex_of_large_tables_fits_its_pages(tmp_path: Path, size: str) -> None
     else:
         records = comparison({"ce": several(1), "kd": several(1)})
     table = build(records, baseline="method_0" if size != "one seed" else None)
-    text = compiled(tmp_path, latex(table))
+    text = compiled(tmp_path, latex(table) + NOTES)
     if text:
         for row in table.rows:
             for found in row.cells:
@@ -989,7 +1052,7 @@ def test_latex_in_articles_of_two_columns(form: str, rows: int, tmp_path: Path) 
     table = build(records, baseline="method_0")
     source = latex(table, form, "tab:mine")  # type: ignore[arg-type]
     assert ("\\begin{table*}" in source) == (form == "wide") and "\\label{tab:mine}" in source
-    text = compiled(tmp_path, source, "twocolumn")
+    text = compiled(tmp_path, source + NOTES, "twocolumn")
     if text:
         for row in table.rows:
             for found in row.cells:

@@ -274,7 +274,7 @@ def kept(file: Path, key: dict[str, Any], about: dict[str, Any], measure: Callab
 
 
 def doubts(spec: TeacherSpec, seen: Seen, classes: int, expected: tuple[float, str] | None) -> tuple[str, ...]:
-    """What its user should know of a teacher before it teaches.
+    """What its user should know of a teacher before it teaches, in one sentence; a question stands at its end.
 
     Args:
         expected: an accuracy that is on record for it, and where.
@@ -283,15 +283,15 @@ def doubts(spec: TeacherSpec, seen: Seen, classes: int, expected: tuple[float, s
     chance = 100 / classes
     if classes > 1 and seen.accuracy < min(2 * chance, chance + 10):
         found.append(f"it is near chance, {chance:.2f} %")
-    if seen.reordered is not None and seen.reordered > seen.accuracy + _MORE:
-        found.append(
-            f"with its outputs in another order it would have {seen.reordered:.2f} %: are the classes of its training "
-            "in the order of these data?"
-        )
     # One that is known not to have learned all classes may leave some out.
     if seen.unused and spec.known_classes is None:
         found.append(f"it never answers {seen.unused} of the {classes} classes")
     if expected is not None and abs(seen.accuracy - expected[0]) > TEACHER_TOLERANCE:
         found.append(f"{expected[1]} says {expected[0]:.2f} %")
+    if seen.reordered is not None and seen.reordered > seen.accuracy + _MORE:
+        found.append(
+            f"with its outputs in another order it would have {seen.reordered:.2f} %: are the classes of its training "
+            "in the order of these data?"
+        )
     reached = f"the teacher '{spec.name}' reaches {seen.accuracy:.2f} % with the input that it gets here"
-    return tuple(f"{reached}: {one}" for one in found)
+    return (f"{reached}: {'; '.join(found)}",) if found else ()

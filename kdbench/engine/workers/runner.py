@@ -5,14 +5,16 @@ for the data and the teacher that the record names.
 """
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from kdbench.engine.computing import compute
 from kdbench.engine.folders import cell_states
 from kdbench.engine.options import Listener, Options
-from kdbench.engine.scheduling import CellState, begun
+from kdbench.engine.scheduling import Cells, CellState, begun
 from kdbench.engine.workers.finished import DataHere, Finished, names
 from kdbench.engine.workers.session import Session, locked_run
 from kdbench.errors import UserError
@@ -20,6 +22,9 @@ from kdbench.files import RECORD, RUN, write_json
 from kdbench.reading import same_name
 from kdbench.recipe.planning import Plan
 from kdbench.record import Record, read_record
+
+# Characters that are kept of why a cell failed.
+LONGEST_REASON = 200
 
 
 @dataclass
@@ -80,8 +85,7 @@ def run(
             # Published cells that were not taken are open now.
             session.check_cells(finished.open)
             # A plan that was refused leaves the last one's table as it is.
-            about = {"name": plan.name, "title": plan.title, "recipe": plan.recipe}
-            write_json(folder / RUN, about | {"cells": [cell.folder.name for cell in cells]})
+            write_json(folder / RUN, _about(plan, cells))
             listener.begin(cells, plan.title or plan.name)
             try:
                 if finished.open:
@@ -89,8 +93,25 @@ def run(
                     session.train(plan, folder, finished.open, done)
             finally:
                 listener.end()
+                _tell_failed(folder / RUN, _about(plan, cells), cells)
     done = [cell.folder for cell in cells if cell.state == "finished"]
     return Outcome(folder, done, [cell for cell in cells if cell.state == "failed"])
+
+
+def _about(plan: Plan, cells: Cells) -> dict[str, Any]:
+    """What a run's folder says of it."""
+    about = {"name": plan.name, "title": plan.title, "recipe": plan.recipe}
+    return about | {"cells": [cell.folder.name for cell in cells]}
+
+
+def _tell_failed(file: Path, about: dict[str, Any], cells: Cells) -> None:
+    """Keep why cells failed, without the advice that follows, for whoever makes a table of the others."""
+    failed = [(cell, cell.message.partition("\n")[0].partition("; ")[0]) for cell in cells if cell.state == "failed"]
+    if failed:
+        said = {cell.folder.name: f"{cell.label}: {shorten(why, LONGEST_REASON)}" for cell, why in failed}
+        # On a full disk a table names them by their folders.
+        with suppress(OSError):
+            write_json(file, about | {"failed": said})
 
 
 def _check_case(folder: Path) -> None:
@@ -102,12 +123,15 @@ def _check_case(folder: Path) -> None:
 
 
 def _rename(file: Path, place: dict[str, Any]) -> None:
-    """Let the record of a cell that was finished before say what the recipe calls it today, and no more than that."""
+    """Let the record of a cell that was finished before say what the recipe calls it and its teacher today, and no more
+    than that."""
     try:
         before = read_record(file).plain()
     except UserError:
         return  # Whoever reads the records tells what is wrong with it.
-    method = (before["spec"].get("method") or {}) | {"label": place["cell"]["label"]}
-    record = Record.model_validate(before | place | {"spec": before["spec"] | {"method": method}}).plain()
+    spec = before["spec"] | {"method": (before["spec"].get("method") or {}) | {"label": place["cell"]["label"]}}
+    if spec.get("teacher"):
+        spec["teacher"] = spec["teacher"] | {"name": place["cell"]["teacher"]}
+    record = Record.model_validate(before | place | {"spec": spec}).plain()
     if record != before:
         write_json(file, record)
