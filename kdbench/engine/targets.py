@@ -34,6 +34,19 @@ def code_of(what: str) -> Iterator[None]:
         raise UserError(f"{what}: {reason}", hint=advice) from None
 
 
+@contextmanager
+def told_in(what: str) -> Iterator[None]:
+    """An error inside says what it is in.
+
+    Args:
+        what: as "method 'x', stage 'y'".
+    """
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{what}: {error.what}", error.where, error.hint) from None
+
+
 def in_words(error: BaseException) -> tuple[str, str | None]:
     """What a card's code says by an error, and what to do: a `ValueError` is meant to be read, others say where."""
     if isinstance(error, UserError):

@@ -247,6 +247,14 @@ def whole_number(student: Tensor, teacher: Tensor):
     return student.argmax()
 
 
+def absent(student: Tensor, teacher: Tensor):
+    return student.no_such_thing(teacher)
+
+
+def unlike(student: Tensor, teacher: Tensor):
+    return F.mse_loss(student[:, :5], teacher)
+
+
 class NoShapes(nn.Module):
     def forward(self, student: Tensor, teacher: Tensor):
         return F.mse_loss(student, teacher)
@@ -489,6 +497,8 @@ def test_one_module_may_stand_in_two_places(folder: Path) -> None:
         ("vector", r"returned torch.float32 \[8\]"),
         ("complex_number", r"returned torch.complex64 \[\]"),
         ("whole_number", r"returned torch.int64 \[\]"),
+        ("absent", r"(?s)^method 'own', stage 'training': .*AttributeError.* \(10,\); teacher: logits \(10,\)$"),
+        ("unlike", r"^method 'own', stage 'training': .*\n.*; a connector can change channels and sizes"),
         ("NoShapes", r"NoShapes.__init__\(\) takes .*\n.*\(self, student_shape, teacher_shape\)"),
         ("Raises", r"KeyError: 'mine' \(own_losses.py:\d+\)"),
         ("Lazy", r"lazy layers.*\n.*nn.Linear"),

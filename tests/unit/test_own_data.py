@@ -17,7 +17,7 @@ from tiny import CPU, batches_for, member_of, shortened, train, untrained_teache
 
 from kdbench import cli
 from kdbench.data.pictures import Pictures
-from kdbench.engine.checks.cells import check_cell
+from kdbench.engine.checks.cells import check_cell, costs_of
 from kdbench.engine.computing.choosing import _measure
 from kdbench.engine.computing.compute import REFERENCE
 from kdbench.engine.data.datasets import load_data
@@ -597,13 +597,20 @@ def stage(**loss: Any) -> dict[str, Any]:
     ],
 )
 def test_code_that_fails_is_an_error_before_training(over: dict[str, Any], told: str, own: Registry) -> None:
-    with pytest.raises(UserError, match=told):
+    """That of a method says of which, for a recipe may have many, if it has no place in the recipe."""
+    with pytest.raises(UserError, match=told) as error:
         check_cell(cell(own, **over))
+    assert error.value.where or "student" in over or re.match(r"method '\w+'[,:]", error.value.what)
 
 
 def with_source(leaves: str) -> dict[str, Any]:
     own = {"source": {"name": "leaving", "leaves": leaves}, "losses": {"made": {"loss": "kd", "input": "made"}}}
     return {"name": "own", "stages": {"training": own}}
+
+
+def test_a_source_that_cannot_be_built_says_in_which_method(own: Registry) -> None:
+    with pytest.raises(UserError, match=f"^method 'own', stage 'training': source 'leaving' .*{LEAVES}"):
+        costs_of(cell(own, method=with_source("built")))
 
 
 def beginning(leaves: str) -> dict[str, Any]:
@@ -641,7 +648,8 @@ def test_a_loss_that_fails_while_ways_are_tried_is_told(loss: str, own: Registry
     spec = cell(own, method=stage(loss=loss))
     tried = _measure(REFERENCE, [spec], batches_for(spec), lambda way: untrained_teacher(spec), CPU, SourceFiles())
     assert isinstance(tried.error, UserError)
-    assert re.search(r"(sys.exit\(\)'|KeyError: 'absent') \(own_code.py:\d+\)", tried.error.what)
+    said = r"method 'own', stage 'training' cannot .*(sys.exit\(\)'|KeyError: 'absent') \(own_code.py:\d+\)"
+    assert re.search(said, tried.error.what)
 
 
 @pytest.mark.parametrize("end", [SystemExit(), SystemExit(0), KeyboardInterrupt()])

@@ -85,8 +85,9 @@ def check_schedules(spec: CellSpec) -> None:
     for index, (name, stage) in enumerate(spec.method.stages.items()):
         span, own = schedule_span_of(line.spans, spec.method.stages, index), line.spans[index]
         steps = sorted({own.start + (own.steps - 1) * number // ASKED for number in range(ASKED + 1)})
+        within = f"method '{spec.method.name}', stage '{name}'"
         for what, target in _schedules(stage):
-            schedule, said = build_schedule(target), f"stage '{name}': the schedule '{target.name}' of {what}"
+            schedule, said = build_schedule(target), f"{within}: the schedule '{target.name}' of {what}"
             for step in steps:
                 now = moment_at(step, span, line)
                 where = f"at step {step - span.start} of {span.steps}"
