@@ -8,6 +8,7 @@ from torch import Tensor
 from kdbench.engine.data.batch import Batch, Sets
 from kdbench.engine.metrics import check_metrics
 from kdbench.engine.surroundings import Shape
+from kdbench.engine.targets import import_target
 from kdbench.engine.terms import Term
 from kdbench.errors import UserError, device_advice, failure
 from kdbench.models.probing import kind_of
@@ -90,7 +91,10 @@ def _uncomputable(
     taught = ", ".join(f"{p} {teacher[p]}" for layer in term.layers for p in layer.teachers)
     shapes = f"student: {own_shapes or 'nothing'}; teacher: {taught or 'nothing'}"
     fit = "; a connector can change channels and sizes ('kdbench ls connectors')" if of_values else ""
-    return UserError(f"{what} cannot be computed: {failure(error)}", hint=device_advice(error) or f"{shapes}{fit}")
+    # Where something stands before the loss, it is not known which of the two failed.
+    called = _connector(term) or import_target(term.spec.loss.target)
+    said = failure(error, called)
+    return UserError(f"{what} cannot be computed: {said}", hint=device_advice(error) or f"{shapes}{fit}")
 
 
 def _connector(term: Term) -> str:
