@@ -104,11 +104,7 @@ def command(
         show(console, table)
     for line in said:
         console.print(line)
-    if done := len(planned.cells) - len(left.cells):
-        also = f", {left.taken} of them published in {results / planned.name}" if left.taken else ""
-        console.print(f"finished: {done} of {counted(len(planned.cells), 'cell')}{also}")
-    if resumed := continuing(cell_states(runs / planned.name, left.cells)):
-        console.print(f"{resumed}; their times here are from the start")
+    _print_done(console, left, runs, results)
     _print_needs(console, planned, left, runs, estimate, taken, time, jobs)
 
 
@@ -208,6 +204,16 @@ def _print_heading(console: Console, planned: Plan, device: torch.device) -> Non
         weights = f"weights {teacher.weights.file}" if teacher.weights else "trained from its own recipe"
         weights = "untrained, it trains along with the student" if teacher.untrained else weights
         console.print(f"teacher {teacher.name}: {weights}")
+
+
+def _print_done(console: Console, left: Left, runs: Path, results: Path) -> None:
+    """Which cells are finished, and which are begun."""
+    planned = left.plan
+    if done := len(planned.cells) - len(left.cells):
+        also = f", {left.taken} of them published in {results / planned.name}" if left.taken else ""
+        console.print(f"finished: {done} of {counted(len(planned.cells), 'cell')}{also}")
+    if resumed := continuing(cell_states(runs / planned.name, left.cells)):
+        console.print(f"{resumed}; times here are from the start")
 
 
 def _print_needs(
