@@ -98,6 +98,7 @@ def leaves_quietly(roots, download, cache): sys.exit()
 def takes_nothing(): return made()
 def no_training_of_one(roots, download, cache): return made(labels=LABELS.clamp(max=1))
 def no_test_of_one(roots, download, cache): return made(test_labels=LABELS.clamp(max=1))
+def of_one_class(roots, download, cache): return made(labels=LABELS * 0, test_labels=LABELS * 0, classes="a")
 
 
 def pictures(cache, change=lambda data: data):
@@ -159,6 +160,7 @@ def load(folder: Path, function: str, **over: Any) -> Any:
         ("larger_test", "training images are 3×8×8, test images 3×16×16"),
         ("other_classes", "4 for 'classes', where the card says 3"),
         ("numbers_as_classes", "the class 0 is no text"),
+        ("of_one_class", "has 1 class\n  give two"),
         ("no_test", "'own' has no test images"),
         ("no_training", "'own' has no training images"),
         (
