@@ -143,9 +143,9 @@ def _usage(error: Exception) -> UserError | None:
         return None
     # Typer's own class, or click's in older ones.
     of: Any = error
-    what = of.format_message().rstrip(".")
+    what = re.sub(r"(^|: )[A-Z]", lambda begin: begin[0].lower(), of.format_message().rstrip("."))
     command = of.ctx.command_path if of.ctx else "kdbench"
-    return UserError(f"{what[:1].lower()}{what[1:]}", "command line", f"see '{command} --help'")
+    return UserError(what, "command line", f"see '{command} --help'")
 
 
 _USAGE: type = typer.BadParameter.__mro__[1]
