@@ -1,6 +1,7 @@
 """Errors: what the user can fix, and a cell that failed."""
 
 import difflib
+import inspect
 import os
 import re
 import sysconfig
@@ -10,6 +11,9 @@ from pathlib import Path
 
 # Folders of code that is nobody's own: kdbench's, Python's, and installed packages.
 _OTHERS = tuple(f"{folder}{os.sep}" for folder in (Path(__file__).parent, sysconfig.get_path("stdlib")))
+# Of code that only calls that of others.
+_CALLING = ("engine", "recipe", "data/transforms.py", "models/hooks.py", "models/probing.py")
+_CALLERS = tuple(str(Path(__file__).parent / part) for part in _CALLING)
 _PACKAGES = {"site-packages", "dist-packages"}
 _ENDLESS = re.compile(r"(\S{300})\S{200,}")
 
@@ -75,14 +79,28 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def failure(error: BaseException) -> str:
+def failure(error: BaseException, called: object = None) -> str:
     """How code of the user's failed, in one line: with what, what it said, and the place (file:line) of the user's own
-    code, or else of the last frame outside torch."""
+    code, or else of the last frame outside torch.
+
+    Args:
+        called: what kdbench called there, or its name. Where the call itself fails, as by a wrong argument, the place
+            is its own, and never kdbench's call.
+    """
     frames = [one for one in traceback.extract_tb(error.__traceback__) if not one.filename.startswith("<")]
-    torch = f"{os.sep}torch{os.sep}"
-    chosen = [one for one in frames if _own(one.filename)] or [one for one in frames if torch not in one.filename]
-    where = f" ({Path(chosen[-1].filename).name}:{chosen[-1].lineno})" if chosen else ""
-    return f"{_told(error)}{where}"
+    torch, callers = f"{os.sep}torch{os.sep}", () if called is None else _CALLERS
+    others = (one for one in frames if torch not in one.filename and not one.filename.startswith(callers))
+    chosen = [one for one in frames if _own(one.filename)] or [*others]
+    place = (chosen[-1].filename, chosen[-1].lineno) if chosen else _written_at(called)
+    return _told(error) + (f" ({Path(place[0]).name}:{place[1]})" if place else "")
+
+
+def _written_at(called: object) -> tuple[str, int] | None:
+    """The file of a class or function and its line there; None of anything else."""
+    try:
+        return inspect.getfile(called), inspect.getsourcelines(called)[1]  # type: ignore[arg-type]
+    except (OSError, TypeError):
+        return None
 
 
 def _own(file: str) -> bool:

@@ -106,14 +106,17 @@ def main() -> None:
         # A shell opens ~ at the beginning of a word only, and of no word in quotes.
         words = [re.sub(r"(?s)^(--[\w-]+=|)(~.*)", _with_home, word) for word in sys.argv[1:]]
         check_overrides(words)
-        app(with_address(words), standalone_mode=True)
+        # An interrupt comes back as a number.
+        end = app(with_address(words), standalone_mode=False)
+        sys.exit(end if type(end) is int else 0)
     except SystemExit as end:
         # Said here for every command. The terminal may be gone.
         if end.code == 130:
             # Python's own end would leave them to the system, which kills.
             for name in ("SIGINT", *_OTHER_ENDS):
                 signal.signal(getattr(signal, name, signal.SIGINT), signal.SIG_IGN)
-            _end(130, "interrupted: what is finished is kept; repeat the command to continue")
+            kept = "what is finished is kept, and checkpoints of what was training"
+            _end(130, f"interrupted: {kept}; repeat the command to continue")
         if found := raised_by_own_code(end):
             _end(2, f"error: {found}")
         raise
@@ -127,9 +130,25 @@ def main() -> None:
             what = "the folder in which this was started is no longer there"
         _end(2, f"error: {refused(error) or UserError(what, hint=CHECK_PATH)}")
     except Exception as error:
-        if found := disk_full(error) or raised_by_own_code(error):
+        if type(error).__name__ == "NoArgsIsHelpError":  # The help was printed.
+            sys.exit(2)
+        if found := _usage(error) or disk_full(error) or raised_by_own_code(error):
             _end(2, f"error: {found}")
         raise
+
+
+def _usage(error: Exception) -> UserError | None:
+    """What is said of words that are no command, option or value of one; None for other errors."""
+    if not isinstance(error, _USAGE):
+        return None
+    # Typer's own class, or click's in older ones.
+    of: Any = error
+    what = re.sub(r"(^|: )[A-Z]", lambda begin: begin[0].lower(), of.format_message().rstrip("."))
+    command = of.ctx.command_path if of.ctx else "kdbench"
+    return UserError(what, "command line", f"see '{command} --help'")
+
+
+_USAGE: type = typer.BadParameter.__mro__[1]
 
 
 def _with_home(word: re.Match[str]) -> str:

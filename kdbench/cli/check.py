@@ -11,9 +11,19 @@ from rich.console import Console
 from rich.table import Table
 
 from kdbench.cli.console import page, plain_table, show
-from kdbench.cli.options import Overrides, RecipeArgument, RegistryOption
-from kdbench.cli.progress import clock
+from kdbench.cli.options import (
+    AdoptOption,
+    DataOption,
+    DeviceOption,
+    JobsOption,
+    Overrides,
+    RecipeArgument,
+    RegistryOption,
+    ThreadsOption,
+)
+from kdbench.cli.progress import clock, continuing
 from kdbench.engine.computing.compute import Memory, plainest
+from kdbench.engine.folders import cell_states
 from kdbench.engine.scheduling import kind
 from kdbench.errors import UserError, counted
 from kdbench.recipe.method_specs import MethodSpec
@@ -32,7 +42,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """
 kdbench check ab_wrn
-kdbench check my.yaml epochs=10
+kdbench check my.yaml epochs=10 --jobs 1
 kdbench check ab_wrn --no-time
 """
 
@@ -43,58 +53,59 @@ def command(
     registry: RegistryOption = None,
     runs: Annotated[Path, typer.Option(help="Folder of the runs, to count finished cells.")] = Path("runs"),
     results: Annotated[Path, typer.Option(help="Folder of published results, to count theirs.")] = Path("results"),
+    adopt: AdoptOption = True,
+    jobs: JobsOption = None,
+    threads: ThreadsOption = None,
+    device: DeviceOption = "auto",
+    data: DataOption = None,
     time: Annotated[bool, typer.Option(help="Time a few steps of each network to estimate the whole.")] = True,
 ) -> None:
-    """Check RECIPE without training: build its networks, then print cells, stages, sizes and an estimate of time."""
+    """Check RECIPE without training: build its networks, then print cells, stages, sizes and an estimate of time.
+
+    Options mean what they mean for 'kdbench run'. No data are read.
+    """
     asked = plan(recipe, Registry(registry or ()), tuple(overrides or ()))
 
     import torch
 
     from kdbench.engine.checks.cells import Known, check_cell
     from kdbench.engine.computing.device import chosen_device
-    from kdbench.engine.computing.estimate import Estimate
+    from kdbench.engine.computing.estimate import Estimate, threads_of, workers
     from kdbench.engine.computing.memory import memory_of
     from kdbench.engine.networks.build import weight_notes
     from kdbench.verify.adopting import left_of
 
     console = page()
-    device = chosen_device("auto", lambda text: console.print(text, style="yellow"))
-    torch.set_num_threads(1)
-    left = left_of(asked, runs, results)
+    chosen = chosen_device(device, lambda text: console.print(text, style="yellow"))
+    left = left_of(asked, runs, results if adopt else None)
     planned = left.plan
+    torch.set_num_threads(threads_of(workers(chosen, max(len(left.cells), len(left.tried)), jobs), threads))
     # Before what takes seconds with large networks.
-    _print_heading(console, planned, device)
+    _print_heading(console, planned, chosen)
     known: Known = {}
     try:
         distinct = _distinct(cell.spec for cell in planned.cells)
         taken, said = {}, dict[str, None]()
         for name, spec in distinct.items():
             built = check_cell(spec, known)
-            taken[name] = memory_of(spec, device, built)
+            taken[name] = memory_of(spec, chosen, built)
             said |= {f"{spec.method.label}: module '{one}': {text(facts)}": None for one, facts in built.said.items()}
     except UserError as error:
         raise planned.placed(error) from None
-    estimate = Estimate(device, time)
+    estimate = Estimate(chosen, time)
     networks, cells = _networks(planned, estimate), _cells(planned, left.cells, estimate if time else None)
     files = {f"{spec.student} {spec.teacher}": spec for spec in distinct.values()}
     notes = dict.fromkeys(note for spec in files.values() for note in weight_notes(spec))
     for remark in [*planned.notes, *remarks(cell.spec for cell in planned.cells), *notes]:
         console.print(f"note: {remark}", style="yellow")
-    routes = _distinct(spec for cell in planned.cells for spec in _lineage(cell.spec) if spec.route is not None)
-    for keeper in routes.values():
-        kept = keeper.route or 0
-        size = kept * 4 * estimate.size(*keeper.networks["student"]).parameters / 1e6
-        are = "checkpoint of {} is" if kept == 1 else "checkpoints of {} are"
-        console.print(f"route: {kept} {are.format(keeper.student.name)} kept, {size:.0f} MB for each training")
+    _print_routes(console, planned, estimate)
     methods = {cell.spec.method.label: cell.spec.method for cell in planned.cells}
     for table in (networks, _terms(methods.values()), cells):
         show(console, table)
     for line in said:
         console.print(line)
-    if done := len(planned.cells) - len(left.cells):
-        also = f", {left.taken} of them published in {results / planned.name}" if left.taken else ""
-        console.print(f"finished: {done} of {counted(len(planned.cells), 'cell')}{also}")
-    _print_needs(console, planned, left, runs, estimate, taken, time)
+    _print_done(console, left, runs, results)
+    _print_needs(console, planned, left, runs, estimate, taken, time, jobs)
 
 
 def _distinct(specs: Iterable[CellSpec]) -> dict[str, CellSpec]:
@@ -111,6 +122,15 @@ def _lineage(spec: CellSpec | None) -> Iterable[CellSpec]:
         yield spec
         for teacher in spec.teachers:
             yield from _lineage(teacher.trained_by)
+
+
+def _print_routes(console: Console, planned: Plan, estimate: Estimate) -> None:
+    routes = _distinct(spec for cell in planned.cells for spec in _lineage(cell.spec) if spec.route is not None)
+    for keeper in routes.values():
+        kept = keeper.route or 0
+        size = kept * 4 * estimate.size(*keeper.networks["student"]).parameters / 1e6
+        are = "checkpoint of {} is" if kept == 1 else "checkpoints of {} are"
+        console.print(f"route: {kept} {are.format(keeper.student.name)} kept, {size:.0f} MB for each training")
 
 
 def _networks(planned: Plan, estimate: Estimate) -> Table:
@@ -186,8 +206,25 @@ def _print_heading(console: Console, planned: Plan, device: torch.device) -> Non
         console.print(f"teacher {teacher.name}: {weights}")
 
 
+def _print_done(console: Console, left: Left, runs: Path, results: Path) -> None:
+    """Which cells are finished, and which are begun."""
+    planned = left.plan
+    if done := len(planned.cells) - len(left.cells):
+        also = f", {left.taken} of them published in {results / planned.name}" if left.taken else ""
+        console.print(f"finished: {done} of {counted(len(planned.cells), 'cell')}{also}")
+    if resumed := continuing(cell_states(runs / planned.name, left.cells)):
+        console.print(f"{resumed}; times here are from the start")
+
+
 def _print_needs(
-    console: Console, planned: Plan, left: Left, runs: Path, estimate: Estimate, taken: dict[str, Memory], time: bool
+    console: Console,
+    planned: Plan,
+    left: Left,
+    runs: Path,
+    estimate: Estimate,
+    taken: dict[str, Memory],
+    time: bool,
+    jobs: int | None,
 ) -> None:
     """What the cells that are not finished need of memory and time.
 
@@ -198,10 +235,10 @@ def _print_needs(
     import torch
 
     from kdbench.engine.computing.device import available_memory
-    from kdbench.engine.computing.estimate import GPU, GPU_RATE, Estimate, memory, workers
+    from kdbench.engine.computing.estimate import GPU, GPU_RATE, SHORTEST_TOLD, Estimate, memory, workers
 
     device, cells = estimate.device, left.cells
-    at_once = workers(device, len(cells))
+    at_once = workers(device, len(cells), jobs)
     if cells:
         free = available_memory() if device.type == "cpu" else torch.cuda.mem_get_info()[0]
         here = f" ({free / 1e9:.1f} GB are free)" if free is not None else ""
@@ -211,14 +248,15 @@ def _print_needs(
             "cohorts that do not fit are split"
         )
     if left.tried:
-        seconds = f": {clock(estimate.cells(left.tried) / workers(device, len(left.tried)))}" if time else ""
+        seconds = f": {clock(estimate.cells(left.tried) / workers(device, len(left.tried), jobs))}" if time else ""
         console.print(
             f"first, settings of {counted(len(planned.candidates), 'method')} are tried, tested on images of the "
             f"training set: {counted(len(left.tried), 'cell')}{seconds}"
         )
     if not time:
         return
-    where = counted(at_once, "one-thread worker") if device.type == "cpu" else counted(at_once, "GPU")
+    of_cpu = f"{counted(at_once, 'worker')} of {counted(torch.get_num_threads(), 'thread')}"
+    where = of_cpu if device.type == "cpu" else counted(at_once, "GPU")
     console.print(
         f"estimated time for all unfinished cells: {clock(estimate.cells(cells) / at_once)} on {where} "
         "(cells that train side by side share their teacher's passes)"
@@ -226,7 +264,8 @@ def _print_needs(
     if device.type == "cpu" and cells:
         elsewhere = Estimate(device, rate=GPU_RATE)
         total = elsewhere.cells([*cells, *left.tried]) + elsewhere.teachers(cells, runs, {*left.teachers})
-        console.print(f"everything on one {GPU}: at least {clock(total)}, at {GPU_RATE:.0e} operations per second")
+        if total >= SHORTEST_TOLD:
+            console.print(f"everything on one {GPU}: at least {clock(total)}, at {GPU_RATE:.0e} operations per second")
     if any(estimate.costs(cell.spec) for cell in cells):
         console.print("this counts batch sources at their slowest: an attack that succeeds early takes less time")
     if first_teachers := estimate.teachers(cells, runs, {*left.teachers}):

@@ -43,6 +43,7 @@ RegistryOption = Annotated[
 ]
 RunsOption = Annotated[Path, typer.Option(help="Folder for runs/<recipe>/.")]
 JobsOption = Annotated[int | None, typer.Option(min=1, help="Worker processes (default: one for each core or GPU).")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, max=1024, help="Threads of each worker.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, or cuda:N.", callback=check_device)]
 DataOption = Annotated[
     list[Path] | None, typer.Option(help="Folder that holds data sets (repeatable).", callback=note_absent)

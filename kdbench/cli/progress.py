@@ -2,15 +2,18 @@
 
 import sys
 import time
+from collections.abc import Iterable
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from kdbench.engine.folders import checkpoint_step
 from kdbench.engine.options import Listener
 from kdbench.engine.scheduling import CellState
-from kdbench.errors import counted
+from kdbench.errors import counted, listed
 from kdbench.files import CHECKPOINT
+from kdbench.recipe.timeline import planned_timeline
 
 LINE_SECONDS = 15.0
 # A program's first steps compile its networks and record the others: their time says nothing about what is left.
@@ -18,6 +21,8 @@ FIRST_STEPS = 50
 # Seconds from which a speed is known.
 SHORTEST = 2.0
 ENDED = ("finished", "failed")
+# Cells that go on from checkpoints and are named.
+MOST_NAMED = 6
 
 
 def listener() -> Listener:
@@ -32,6 +37,16 @@ def clock(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes:02} min"
     return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+def continuing(cells: Iterable[CellState]) -> str:
+    """Which cells go on from checkpoints, and from where; "" where none does."""
+    steps = ((cell, checkpoint_step(cell.folder)) for cell in cells)
+    found = [f"{c.label} at step {at} of {planned_timeline(c.spec).total}" for c, at in steps if at is not None]
+    if not found:
+        return ""
+    go_on = "continues from its checkpoint" if len(found) == 1 else "continue from their checkpoints"
+    return f"{counted(len(found), 'cell')} {go_on}: {listed(found, MOST_NAMED)}"
 
 
 class _Base(Listener):
@@ -57,8 +72,6 @@ class _Base(Listener):
     def _left(self) -> float | None:
         """Seconds left at the speed since the first steps; None before there is anything to go by."""
         waiting = [cell for cell in self.open if cell.state not in ENDED]
-        if not waiting:
-            return 0.0
         if self.since is None:
             return None
         known = [c.total for c in self.cells if c.total]
@@ -74,16 +87,21 @@ class _Base(Listener):
         count = {
             state: sum(c.state == state for c in self.cells) for state in ("finished", "running", "waiting", "failed")
         }
-        left = self._left()
         failed = f", {count['failed']} failed" if count["failed"] else ""
-        time_left = "time left not known yet"
-        if left is not None:
-            # Tests and checkpoints take time beside the steps that are counted.
-            time_left = f"about {clock(left)} left" if left >= 1 else "almost done"
-        return (
+        counts = (
             f"{count['finished']}/{counted(len(self.cells), 'cell')} finished, {count['running']} running, "
-            f"{count['waiting']} waiting{failed}; {time_left}"
+            f"{count['waiting']} waiting{failed}"
         )
+        return "; ".join(filter(None, (counts, self.time_left())))
+
+    def time_left(self) -> str:
+        """In words; "" where no cell is left."""
+        if all(cell.state in ENDED for cell in self.open):
+            return ""
+        if (left := self._left()) is None:
+            return "time left not known yet"
+        # Tests and checkpoints take time beside the steps that are counted.
+        return f"about {clock(left)} left" if left >= 1 else "almost done"
 
 
 class _Lines(_Base):
@@ -97,6 +115,8 @@ class _Lines(_Base):
         self.last = time.monotonic()
         self.shown: set[tuple[int, str]] = set()
         self.say(f"{title}: {counted(len(cells), 'cell')}, {len(cells) - len(self.open)} finished before")
+        if said := continuing(self.open):
+            self.say(said)
 
     def doing(self, text: str) -> None:
         self.say(f"preparing {text}")
@@ -128,6 +148,8 @@ class _Live(_Base):
 
     def begin(self, cells: list[CellState], title: str) -> None:
         super().begin(cells, title)
+        if said := continuing(self.open):
+            self.say(said)
         name, text = (TextColumn(f"{{task.{what}}}", markup=False) for what in ("description", "fields[text]"))
         columns = (name, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), text)
         self.bars = Progress(*columns, console=self.console, transient=True)
@@ -155,7 +177,7 @@ class _Live(_Base):
         if cell.state == "failed":
             self.console.print(Text(f"{cell.label} failed: {cell.message}", style="red"))
         ended = sum(c.state in ENDED for c in self.cells)
-        self.bars.update(self.all, completed=ended, text=self.summary().rpartition(";")[2].strip())
+        self.bars.update(self.all, completed=ended, text=self.time_left())
 
     def end(self) -> None:
         if self.bars is not None:

@@ -69,7 +69,7 @@ def command(
     for planned in plans if not adopt else ():
         if what := lost(results / planned.name, {slug for cell in planned.cells for slug in cell.slugs}):
             raise UserError(what, str(results / planned.name), "they would be lost: give another --results")
-    _print_cost(plans, runs, adopted, device)
+    _print_cost(plans, runs, adopted, device, jobs)
     if cost:
         return
     results.mkdir(parents=True, exist_ok=True)  # What is no folder is told before hours of training.
@@ -143,11 +143,11 @@ def _write_together(folders: list[Path], beside: Mapping[str, PublishedCard], ou
         print(f"written together: {sums.write(out).parent}")
 
 
-def _print_cost(plans: list[Plan], runs: Path, results: Path | None, device_name: str) -> None:
+def _print_cost(plans: list[Plan], runs: Path, results: Path | None, device_name: str, jobs: int | None) -> None:
     """Cells, what of them is finished, and an estimate of time, for every recipe and in all."""
     import torch
 
-    from kdbench.engine.computing.estimate import GPU, GPU_RATE, Estimate, workers
+    from kdbench.engine.computing.estimate import GPU, GPU_RATE, SHORTEST_TOLD, Estimate, workers
     from kdbench.verify.adopting import left_of
 
     on_gpu = device_name != "cpu" and torch.cuda.is_available()
@@ -164,7 +164,7 @@ def _print_cost(plans: list[Plan], runs: Path, results: Path | None, device_name
         left = [*what.tried, *what.cells]
         known |= what.teachers
         known_there |= what.teachers
-        at_once = workers(device, len(left))
+        at_once = workers(device, len(left), jobs)
         teachers, seconds = estimate.teachers(left, runs, known), estimate.cells(left) / at_once
         total += teachers + seconds
         on_other += elsewhere.cells(left) + elsewhere.teachers(left, runs, known_there)
@@ -174,10 +174,10 @@ def _print_cost(plans: list[Plan], runs: Path, results: Path | None, device_name
         )
     console = page()
     console.print(table)
-    at_once = workers(device, sum(len(planned.cells) for planned in plans))
+    at_once = workers(device, sum(len(planned.cells) for planned in plans), jobs)
     where = counted(at_once, "GPU" if on_gpu else "one-thread worker")
     console.print(
         f"estimate for what is not finished: {clock(total)} on {where}, from a few timed steps of each network"
     )
-    if not on_gpu:
+    if not on_gpu and on_other >= SHORTEST_TOLD:
         console.print(f"on one {GPU}: at least {clock(on_other)}, at {GPU_RATE:.0e} operations per second")

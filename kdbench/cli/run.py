@@ -23,6 +23,7 @@ from kdbench.cli.options import (
     RegistryOption,
     RunsOption,
     SyncBatchNormOption,
+    ThreadsOption,
 )
 from kdbench.cli.output import prepare, write_tables
 from kdbench.cli.progress import listener
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from kdbench.record import Record
 
 EXAMPLES = """
-kdbench run quickstart
+kdbench run quickstart --no-adopt
 kdbench run recipes/ab_wrn.yaml
 kdbench run ab_wrn seeds=1 epochs=20 --jobs 1
 kdbench run my.yaml method.temperature=2 --registry my_methods
@@ -52,7 +53,7 @@ def command(
     overrides: Overrides = None,
     runs: RunsOption = Path("runs"),
     jobs: JobsOption = None,
-    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Threads of each worker.")] = None,
+    threads: ThreadsOption = None,
     seeds_together: Annotated[
         bool | None, typer.Option(help="Whether a worker trains several seeds at once (default: only on a GPU).")
     ] = None,

@@ -13,9 +13,12 @@ _WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def check_classes(name: str, classes: Sequence[Any]) -> None:
-    """Raises UserError for classes without names."""
+    """Raises UserError for classes without names, and for less than two."""
     if bad := [one for one in classes if not isinstance(one, str)]:
         raise UserError(f"the data set '{name}': the class {bad[0]!r} is no text", hint="classes are names, as '3'")
+    if len(classes) < 2:
+        what = f"the data set '{name}' has {counted(len(classes), 'class')}"
+        raise UserError(what, hint="give two at least: with one, every network is always right")
 
 
 def check_images(name: str, split: str, images: Any) -> None:

@@ -56,7 +56,8 @@ class Listing:
         files: split -> class -> picture files, both sorted by name. One split "all" where it is in one piece.
         folders: split -> its folder.
         unused: folders beside these with pictures of such classes, or called as a test split is; lists that may hold
-            classes, and pictures in no class's folder.
+            classes.
+        loose: pictures in no class's folder, in words.
         stamps: (path below the folder, bytes, modification time in ns) of every picture, and of lists of their classes.
     """
 
@@ -65,6 +66,7 @@ class Listing:
     folders: dict[str, Path]
     stamps: list[tuple[str, int, int]]
     unused: list[str]
+    loose: list[str]
 
     @property
     def classes(self) -> list[str]:
@@ -77,7 +79,7 @@ class Listing:
         return sorted({os.path.splitext(name)[1][1:].lower() for name in names})
 
     def complete(self) -> Listing:
-        """This listing, if every split has pictures of every class. UserError says what is missing."""
+        """This listing, if every split has pictures of every class, of two at least. UserError says what is missing."""
         for split, by_class in self.files.items():
             where = str(self.folders[split])
             if not self.folders[split].is_dir():
@@ -94,6 +96,9 @@ class Listing:
             if split == "all" and (alone := [name for name, files in by_class.items() if len(files) < 2]):
                 hint = "some of each class are held out for testing: remove the class, or add pictures"
                 raise UserError(f"there is one picture of class '{alone[0]}'", where, hint)
+        if len(self.classes) == 1:
+            hint = "; not used: ".join(["put those of every class into a folder of their own", *self.loose])
+            raise UserError(f"all pictures are of one class, '{self.classes[0]}'", str(self.root), hint)
         return self
 
 
@@ -121,14 +126,15 @@ def listing(root: Path, in_one: bool = False) -> Listing:
         own = [test for test in tests if _annotated(test) or train & class_names(test)]
         folders = {"train": root / "train", "test": [*own, *tests, root / "test"][0]}
         unused = _beside(root, train, {folder.name for folder in folders.values()})
-    for folder in dict.fromkeys((root, *folders.values())):
-        unused += _loose(folder, root)
+    every = dict.fromkeys((root, *folders.values()))
+    unused += [found for folder in every for found in _lists(folder, root)]
+    loose = [found for folder in every for found in _loose(folder, root)]
     files = {split: class_folders(folder) for split, folder in folders.items()}
     found = [file for by_class in files.values() for images in by_class.values() for file in images]
     lists = [_list(folder) for folder in folders.values() if _annotated(folder) is not None]
     stats = [(file, file.stat()) for file in (*found, *lists)]
     stamps = [(file.relative_to(root).as_posix(), status.st_size, status.st_mtime_ns) for file, status in stats]
-    return Listing(root, files, folders, stamps, unused)
+    return Listing(root, files, folders, stamps, unused, loose)
 
 
 def _beside(root: Path, classes: set[str], taken: set[str]) -> list[str]:
@@ -142,14 +148,20 @@ def _beside(root: Path, classes: set[str], taken: set[str]) -> list[str]:
     return found
 
 
-def _loose(folder: Path, root: Path) -> list[str]:
-    """What lies beside the folders of a folder and may be thought to count: lists of classes, and pictures."""
+def _lists(folder: Path, root: Path) -> list[str]:
+    """Lists that lie in a folder and may be thought to say classes."""
     with contextlib.suppress(UserError):  # What is not used need not be readable.
         files = sorted(place for place in entries(folder) if place.suffix.lower() in LISTS and place.is_file())
-        named = [f"{file.relative_to(root).as_posix()} (classes are those of the folders)" for file in files]
-        pictures = counted(len(loose), "picture") if (loose := picture_files(folder)) else ""
+        return [f"{file.relative_to(root).as_posix()} (classes are those of the folders)" for file in files]
+    return []
+
+
+def _loose(folder: Path, root: Path) -> list[str]:
+    """Pictures that lie in a folder, beside those of its classes."""
+    with contextlib.suppress(UserError):  # What is not used need not be readable.
         where = folder.relative_to(root).as_posix() if folder != root else "the folder itself"
-        return named + ([f"{pictures} in no class's folder, in {where}"] if pictures else [])
+        pictures = picture_files(folder)
+        return [f"{counted(len(pictures), 'picture')} in no class's folder, in {where}"] if pictures else []
     return []
 
 

@@ -32,7 +32,7 @@ class Survey:
     Attributes:
         counts: split -> class -> pictures. sizes: smallest, middle and largest height and width.
         modes: Pillow's word for the kind of pixels -> pictures. kinds: endings of files.
-        unused: as of a listing.
+        unused, loose: as of a listing.
         copies: test pictures that are training pictures too, byte for byte; of a folder in one piece, pictures that are
             copies of others. None where there was too much to read.
         turned: pictures whose EXIF data say that they are to be turned, which is not done.
@@ -44,6 +44,7 @@ class Survey:
     modes: dict[str, int]
     kinds: list[str]
     unused: list[str]
+    loose: list[str]
     copies: int | None
     turned: int
     channels: int
@@ -102,11 +103,10 @@ class Survey:
         )
         if self.streamed:
             said.append(f"they are read while training, and brought to {self.image_size}×{self.image_size} pixels")
-        if classes == 1:
-            said.append("with one class every network is always right")
         if self.turned:
             said.append(f"{self.turned} are to be turned by their EXIF data, which is not done: save them upright")
-        return said
+        todo = "put those of a class into a folder named after it, or move them away"
+        return said + [f"warning: not used: {one}: {todo}" for one in self.loose]
 
 
 def folder_name(folder: Path) -> str:
@@ -132,7 +132,7 @@ def survey(
     if not folder.is_dir():
         raise UserError(f"there is no folder '{folder}'", hint="give a folder of pictures in folders of their classes")
     found = listing(folder, in_one=True).complete()
-    digest = sha256_of_data(["3", found.stamps, found.unused])
+    digest = sha256_of_data(["4", found.stamps, found.unused, found.loose])
     kept = cache / f"survey-{digest[:32]}.json"
     if kept.is_file() and not all_of_them:
         with contextlib.suppress(UserError):
@@ -177,6 +177,7 @@ def _look(found: Listing, all_of_them: bool, tell: Callable[[str], None]) -> Sur
         modes=dict(modes.most_common()),
         kinds=found.kinds,
         unused=found.unused,
+        loose=found.loose,
         copies=_copies(found) if all_of_them or sum(size for _, size, _ in found.stamps) <= MOST_IN_MEMORY else None,
         turned=sum(turned for *_, turned in heads),
         channels=channels,

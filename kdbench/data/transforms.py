@@ -62,7 +62,7 @@ class Transforms:
                 try:
                     changed: object = part(image)
                 except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's transform can fail in any way
-                    what = f"the transform '{name}' fails on a picture of mode {image.mode}: {failure(error)}"
+                    what = f"the transform '{name}' fails on a picture of mode {image.mode}: {failure(error, part)}"
                     raise UserError(what, hint="it is called with a Pillow picture") from None
                 if not isinstance(changed, Image.Image):
                     what = f"the transform '{name}' gives {type(changed).__name__}, not a Pillow picture"

@@ -1,10 +1,13 @@
 """Where the cells of a run and its teachers lie, and which have finished there. Imports no torch."""
 
+import pickle
+import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from kdbench.engine.scheduling import CellState
-from kdbench.files import TEACHERS
+from kdbench.files import CHECKPOINT, TEACHERS
 from kdbench.reading import inside
 from kdbench.recipe.planning import PlannedCell, identity_of
 from kdbench.recipe.specs import TeacherSpec
@@ -33,6 +36,36 @@ def open_cells(cells: Sequence[PlannedCell], folder: Path) -> list[PlannedCell]:
     """Those of a run's cells that have not finished in its folder."""
     folders = cell_folders(folder, cells)
     return [cell for cell, own in zip(cells, folders, strict=True) if finished_record(own) is None]
+
+
+class _Skipped(dict[Any, Any]):
+    """In place of tensors, and of whatever else is no plain data."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__()
+
+
+class _PlainData(pickle.Unpickler):
+    """Reads the plain data of what torch saved. Nothing that it names is imported or called."""
+
+    def find_class(self, module: str, name: str) -> type:
+        return _Skipped
+
+    def persistent_load(self, pid: Any) -> None:
+        return None
+
+
+def checkpoint_step(folder: Path) -> int | None:
+    """The step of a cell's checkpoint; None where there is none that can be read. Whether it fits to the cell is seen
+    when the cell trains (`kdbench.engine.checkpoint`)."""
+    try:
+        with zipfile.ZipFile(folder / CHECKPOINT) as parts:
+            (name,) = (part for part in parts.namelist() if part.endswith("/data.pkl"))
+            with parts.open(name) as file:
+                step = _PlainData(file).load()["step"]
+    except Exception:  # noqa: BLE001 - a damaged file can fail in any way
+        return None
+    return step if type(step) is int else None
 
 
 def teacher_folder(spec: TeacherSpec, runs: Path) -> Path:

@@ -160,6 +160,6 @@ class Source(ABC):
 
 
 def build_source(spec: SourceSpec, context: SourceContext) -> Source:
-    with code_of(f"source '{spec.name}' ({spec.target})"):
+    with code_of(f"source '{spec.name}' ({spec.target})", spec.target):
         source: Source = import_target(spec.target)(context, **spec.options)
     return source

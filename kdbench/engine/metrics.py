@@ -88,7 +88,7 @@ class Metrics:
         try:
             return call(*given)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's metric can fail in any way
-            self.failed[place] = failure(error)
+            self.failed[place] = failure(error, given[0] if given else call)
             return None
 
 

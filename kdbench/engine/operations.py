@@ -58,6 +58,6 @@ class Operation(ABC):
 
 
 def build_operation(spec: OperationSpec) -> Operation:
-    with code_of(f"operation '{spec.name}' ({spec.target})"):
+    with code_of(f"operation '{spec.name}' ({spec.target})", spec.target):
         operation: Operation = import_target(spec.target)(**spec.options)
     return operation

@@ -240,7 +240,7 @@ def build_optimizer(spec: TargetSpec, parameters: list[nn.Parameter]) -> torch.o
         options |= {"capturable": True, "lr": torch.tensor(rate, dtype=torch.float32, device=parameters[0].device)}
     else:
         groups = parameters
-    with code_of(f"optimizer '{spec.name}'"):
+    with code_of(f"optimizer '{spec.name}'", spec.target):
         optimizer = kind(groups, **options)
     if not isinstance(optimizer, torch.optim.Optimizer):
         what = f"optimizer '{spec.name}' is no torch.optim.Optimizer: {shortened(optimizer)}"

@@ -243,13 +243,10 @@ _NUMBERS: dict[str, Callable[[Moment], float]] = {
 
 def build_terms(cell: Surroundings) -> dict[str, dict[str, Term]]:
     """Loss terms of a cell: stage -> name -> term. Their first values are functions of the cell's seed."""
-    try:
-        return {
-            stage: {name: Term(name, term, cell, f"{stage}/{name}") for name, term in card.losses.items()}
-            for stage, card in cell.spec.method.stages.items()
-        }
-    except UserError as error:
-        raise UserError(f"method '{cell.spec.method.name}': {error.what}", error.where, error.hint) from None
+    return {
+        stage: {name: Term(name, term, cell, f"{stage}/{name}") for name, term in card.losses.items()}
+        for stage, card in cell.spec.method.stages.items()
+    }
 
 
 def _scheduled(spec: TermSpec, option: str, schedule: TargetSpec) -> Callable[[Moment], float]:

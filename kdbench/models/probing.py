@@ -114,7 +114,7 @@ def dry_images(model: nn.Module, shape: tuple[int, ...], n: int = DRY) -> Tensor
 def cannot_take(model_name: str, image_shape: tuple[int, int, int], error: BaseException) -> UserError:
     """What to raise when a network failed on images of this shape."""
     size = "×".join(map(str, image_shape))
-    reason = first_line(error) if isinstance(error, RuntimeError | ValueError) else failure(error)
+    reason = first_line(error) if isinstance(error, RuntimeError | ValueError) else failure(error, model_name)
     return UserError(
         f"model '{model_name}' cannot take images of {size}: {reason}",
         hint=device_advice(error) or "choose another model, or a data set with larger images",

@@ -63,7 +63,7 @@ def _try_schedule(spec: TargetSpec, tree: Tree) -> None:
         shares = [key for key, value in spec.options.items() if isinstance(value, list | str)]
         raise UserError(f"schedule '{spec.name}': {error}", where=tree.origin(tuple(shares[:1]))) from None
     except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's function can fail in any way
-        what = f"schedule '{spec.name}' cannot be built: {failure(error)}"
+        what = f"schedule '{spec.name}' cannot be built: {failure(error, spec.target)}"
         raise UserError(what, tree.origin(()), f"see {spec.target}") from None
     if not hasattr(made, "factor"):
         hint = "its function returns kdbench.schedules.Schedule(factor), where factor takes the progress in [0, 1)"

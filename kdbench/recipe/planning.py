@@ -97,10 +97,13 @@ class Plan:
     def placed(self, error: UserError) -> UserError:
         """An error of what was built from this plan, with the place in the recipe of the first thing that it quotes.
 
-        Of an optimizer that only a card names, for one, the recipe may give numbers: then it is that of its kind.
+        Of an optimizer that only a card names, for one, the recipe may give numbers: then it is that of its kind. The
+        method and the stage in which it is come last.
         """
-        quoted, kinds = re.findall(r"'([^']+)'", error.what), re.findall(r"(\w+) '", error.what)
-        where = next((self.origins[word] for word in quoted + kinds if word in self.origins), None)
+        what = re.sub(r"^method '[^']+'(, stage '[^']+')?: ", "", error.what)
+        quoted, kinds = re.findall(r"'([^']+)'", what), re.findall(r"(\w+) '", what)
+        words = [*quoted, *kinds, *re.findall(r"'([^']+)'", error.what)]
+        where = next((self.origins[word] for word in words if word in self.origins), None)
         return UserError(error.what, error.where or where, error.hint)
 
 

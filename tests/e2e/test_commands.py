@@ -146,6 +146,7 @@ def test_ls_show_cp_schema(kdbench: Kdbench, tmp_path: Path) -> None:
     families = [line.strip() for line in lines if line.strip() in FAMILIES]
     assert families == [*FAMILIES] and len(lines) == 1 + len(families) + len(Registry().keys("methods"))
     listed = {row["methods"]: row for row in json.loads(kdbench("ls", "methods", "--json").stdout)}
+    assert len({row["what it is"] for row in listed.values()}) == len(listed)
     assert listed["ab"] == {
         "methods": "ab", "what it is": "AB", "paper": "Heo et al. 2019", "family": "logits and features",
     }  # fmt: skip

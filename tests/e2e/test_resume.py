@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import time
@@ -68,7 +69,8 @@ def test_who_ends_a_run_may_say_so_until_it_has_left(whole: Path, kdbench: Kdben
         run.send_signal(signal.SIGTERM)
         time.sleep(0.05)
     assert run.returncode == 130 and [*tmp_path.glob("tiny/*/checkpoint.pt")]
-    kdbench(*words(tmp_path))
+    said = kdbench(*words(tmp_path)).stderr
+    assert re.search(r"continues? from (its|their) checkpoints?: .*, seed 0 at step \d+ of 60", said), said
     assert_alike(tmp_path, whole)
 
 

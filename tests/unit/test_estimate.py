@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from shipped import REGISTRY
 from synthetic import plain_record, write
 
+from kdbench.cli import check
+from kdbench.engine.computing import estimate as estimating
 from kdbench.engine.computing.estimate import Estimate, Size
 from kdbench.engine.data.domain import split
 from kdbench.engine.folders import teacher_folder
@@ -79,6 +82,30 @@ def test_a_teacher_is_trained_once_and_only_where_it_is_not_there(estimate: Esti
     folder = teacher_folder(teacher, tmp_path)
     write(folder, plain_record() | {"identity": teacher.trained_by.identity()}, [])
     assert estimate.teachers(cells, tmp_path, set()) == 0
+
+
+def test_check_plans_for_the_workers_that_a_run_would_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It says which cells continue, and nothing of the seconds that a large GPU would take."""
+    monkeypatch.setattr(estimating, "cores", lambda: 4)
+    # Of the whole process.
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    recipe = {"data": "digits", "student": "wrn_10_1", "protocol": "digits", "steps": 8, "compare": {"method": ["ce"]}}
+    file = tmp_path / "mine.yaml"
+    file.write_text(json.dumps(recipe | {"seeds": 2}))
+    (cell, _) = plan(file, REGISTRY).cells
+    folder = tmp_path / "mine" / cell.slug
+    folder.mkdir(parents=True)
+    torch.save({"step": 3}, folder / "checkpoint.pt")
+    words = {"runs": tmp_path, "results": tmp_path / "none"}
+    for given, told in (({}, "on 2 workers of 3 threads"), ({"jobs": 1}, "on 1 worker of 3 threads")):
+        check.command(str(file), device="cpu", **words, **given)
+        said = capsys.readouterr().out
+        assert told in said and "everything on one" not in said
+        assert f"1 cell continues from its checkpoint: {cell.spec.method.label}, seed 0 at step 3 of 8; " in said
+    assert (estimating.threads_of(2), estimating.threads_of(4), estimating.threads_of(4, 7)) == (2, 1, 7)
 
 
 def cells_with(method: dict[str, object], **changes: object) -> list[PlannedCell]:

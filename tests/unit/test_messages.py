@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import subprocess
 import sys
 import time
@@ -441,7 +442,10 @@ def test_every_command_says_that_it_was_interrupted(
     with pytest.raises(SystemExit) as end:
         cli.main()
     said = capsys.readouterr().err
-    assert end.value.code == 130 and said.endswith("kept; repeat the command to continue\n") and "Trace" not in said
+    kept = (
+        "interrupted: what is finished is kept, and checkpoints of what was training; repeat the command to continue\n"
+    )
+    assert end.value.code == 130 and said.endswith(kept) and "Trace" not in said
 
 
 def test_a_worker_that_has_nothing_to_do_leaves_before_it_has_imported_torch() -> None:
@@ -466,6 +470,29 @@ def test_an_override_that_is_written_as_an_option_is_told(
         main()
     assert end.value.code == 2 and f"write '{way}', without dashes" in capsys.readouterr().err
     cli.check_overrides(["run", "ab_wrn", "epochs=3", "--data", "x", "--jobs=2"])
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["run"], "missing argument 'RECIPE'"),
+        (["run", "quickstart", "--threads", "0"], "invalid value for '--threads': "),
+        (["check", "quickstart", "--jobs", "0"], "invalid value for '--jobs': "),
+        (["check", "quickstart", "--nope"], "no such option: --nope"),
+        (["logits", "nope"], "no such command 'nope'"),
+        (["run", "quickstart", "--data"], "option '--data' requires an argument"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_words_that_no_command_knows_are_told_as_any_other_error(
+    words: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["kdbench", *words])
+    with pytest.raises(SystemExit) as end:
+        main()
+    said = capsys.readouterr().err
+    assert end.value.code == 2
+    assert re.fullmatch(rf"error: command line: {told}.*\n  see '.* --help'\n", said), said
 
 
 def test_no_option_of_a_command_is_a_key_of_a_recipe() -> None:

@@ -256,6 +256,14 @@ def misspelt(student: Tensor, teacher: Tensor):
     return no_such_name
 
 
+def absent(student: Tensor, teacher: Tensor):
+    return student.no_such_thing(teacher)
+
+
+def unlike(student: Tensor, teacher: Tensor):
+    return F.mse_loss(student[:, :5], teacher)
+
+
 class NoShapes(nn.Module):
     def forward(self, student: Tensor, teacher: Tensor):
         return F.mse_loss(student, teacher)
@@ -417,7 +425,7 @@ def test_a_step_that_changes_what_others_read_ends_the_run(folder: Path, stage: 
         ("NoModule", "is a NoModule, not a torch.nn.Module"),
         ("Softmaxed", "returns probabilities, not logits: a Softmax's\n"),
         ("Ungraded", r"cannot be trained: no gradient.*\n.*torch.no_grad\(\)"),
-        ("OtherNames", "unexpected keyword argument 'classes' .*\n.*takes 'classes', 'channels' and 'image_size'"),
+        ("OtherNames", r"argument 'classes' \(own_nets.py:\d+\)\n.*takes 'classes', 'channels' and 'image_size'"),
     ],
 )
 def test_a_network_that_cannot_be_used_is_told(folder: Path, name: str, said: str) -> None:
@@ -502,7 +510,9 @@ def test_one_module_may_stand_in_two_places(folder: Path) -> None:
         ("whole_number", r"returned torch.int64 \[\]"),
         ("not_a_number", "gave nan"),
         ("misspelt", "cannot be computed: NameError"),
-        ("NoShapes", r"NoShapes.__init__\(\) takes .*\n.*\(self, student_shape, teacher_shape\)"),
+        ("absent", r"(?s)^method 'own', stage 'training': .*AttributeError.* \(10,\); teacher: logits \(10,\)$"),
+        ("unlike", r"^method 'own', stage 'training': .*\n.*; a connector can change channels and sizes"),
+        ("NoShapes", r"NoShapes.__init__\(\) takes .* \(own_losses.py:\d+\)\n.*\(self, student_shape, teacher_shape\)"),
         ("Raises", r"KeyError: 'mine' \(own_losses.py:\d+\)"),
         ("Lazy", r"lazy layers.*\n.*nn.Linear"),
         ("weighted", "has a parameter 'weight', which nobody can set"),

@@ -17,7 +17,7 @@ from tiny import CPU, batches_for, member_of, shortened, train, untrained_teache
 
 from kdbench import cli
 from kdbench.data.pictures import Pictures
-from kdbench.engine.checks.cells import check_cell
+from kdbench.engine.checks.cells import check_cell, costs_of
 from kdbench.engine.computing.choosing import _measure
 from kdbench.engine.computing.compute import REFERENCE
 from kdbench.engine.data.datasets import load_data
@@ -98,6 +98,7 @@ def leaves_quietly(roots, download, cache): sys.exit()
 def takes_nothing(): return made()
 def no_training_of_one(roots, download, cache): return made(labels=LABELS.clamp(max=1))
 def no_test_of_one(roots, download, cache): return made(test_labels=LABELS.clamp(max=1))
+def of_one_class(roots, download, cache): return made(labels=LABELS * 0, test_labels=LABELS * 0, classes="a")
 
 
 def pictures(cache, change=lambda data: data):
@@ -159,6 +160,7 @@ def load(folder: Path, function: str, **over: Any) -> Any:
         ("larger_test", "training images are 3×8×8, test images 3×16×16"),
         ("other_classes", "4 for 'classes', where the card says 3"),
         ("numbers_as_classes", "the class 0 is no text"),
+        ("of_one_class", "has 1 class\n  give two"),
         ("no_test", "'own' has no test images"),
         ("no_training", "'own' has no training images"),
         (
@@ -174,7 +176,7 @@ def load(folder: Path, function: str, **over: Any) -> Any:
         ("absent_file", r"absent.pt' \(own_sets.py:57\)"),
         ("leaves", r"'sys.exit\(no licence\)' \(own_sets.py:59\)"),
         ("leaves_quietly", r"'sys.exit\(\)'"),
-        ("takes_nothing", r"unexpected keyword argument 'roots'.*\n.*called with roots, download, cache"),
+        ("takes_nothing", r"keyword argument 'roots' \(own_sets.py:\d+\)\n.*called with roots, download, cache"),
     ],
 )
 def test_a_wrong_data_set_is_told_before_anything_trains_on_it(function: str, told: str, sets: Path) -> None:
@@ -479,7 +481,7 @@ def test_a_transform_that_fails_in_a_thread_is_told_like_any_other(own: Registry
 @pytest.mark.parametrize(
     ("loss", "told"),
     [
-        ("each_image", r"'each_image' .*cannot be measured at logits: TypeError: it gives shape \[8\]"),
+        ("each_image", r"'each_image' .* at logits: TypeError: it gives shape \[8\], .* \(own_code.py:\d+\)"),
         ("number", "it gives float, no scalar tensor"),
         ("raising", r"AttributeError: .*nowhere.* \(own_code.py:\d+\)"),
         ("leaving", r"'sys.exit\(3\)' \(own_code.py:\d+\)"),
@@ -597,13 +599,20 @@ def stage(**loss: Any) -> dict[str, Any]:
     ],
 )
 def test_code_that_fails_is_an_error_before_training(over: dict[str, Any], told: str, own: Registry) -> None:
-    with pytest.raises(UserError, match=told):
+    """That of a method says of which, for a recipe may have many, if it has no place in the recipe."""
+    with pytest.raises(UserError, match=told) as error:
         check_cell(cell(own, **over))
+    assert error.value.where or "student" in over or re.match(r"method '\w+'[,:]", error.value.what)
 
 
 def with_source(leaves: str) -> dict[str, Any]:
     own = {"source": {"name": "leaving", "leaves": leaves}, "losses": {"made": {"loss": "kd", "input": "made"}}}
     return {"name": "own", "stages": {"training": own}}
+
+
+def test_a_source_that_cannot_be_built_says_in_which_method(own: Registry) -> None:
+    with pytest.raises(UserError, match=f"^method 'own', stage 'training': source 'leaving' .*{LEAVES}"):
+        costs_of(cell(own, method=with_source("built")))
 
 
 def beginning(leaves: str) -> dict[str, Any]:
@@ -641,7 +650,8 @@ def test_a_loss_that_fails_while_ways_are_tried_is_told(loss: str, own: Registry
     spec = cell(own, method=stage(loss=loss))
     tried = _measure(REFERENCE, [spec], batches_for(spec), lambda way: untrained_teacher(spec), CPU, SourceFiles())
     assert isinstance(tried.error, UserError)
-    assert re.search(r"(sys.exit\(\)'|KeyError: 'absent') \(own_code.py:\d+\)", tried.error.what)
+    said = r"method 'own', stage 'training' cannot .*(sys.exit\(\)'|KeyError: 'absent') \(own_code.py:\d+\)"
+    assert re.search(said, tried.error.what)
 
 
 @pytest.mark.parametrize("end", [SystemExit(), SystemExit(0), KeyboardInterrupt()])

@@ -609,7 +609,7 @@ def test_numbers_of_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: Sa
         ("logits", "fill", "quickstart", "--threads=100000"),
     ):
         assert called(monkeypatch, *words) == 2, words
-        assert "Invalid value" in capsys.readouterr().err
+        assert "error: command line: invalid value" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

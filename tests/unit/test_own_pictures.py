@@ -97,8 +97,23 @@ def test_lists_and_pictures_beside_the_folders_of_classes_are_told(whole: bool, 
     (split / "Labels.CSV").write_text("file,class\n")
     shutil.copy(next(split.glob("*/*.png")), split / "alone.png")
     said = "; ".join(survey(root, tmp_path / "cache").sentences())
-    assert f"not used: {'' if whole else 'train/'}Labels.CSV (classes are those of the folders), 1 picture in" in said
-    assert ("in the folder itself" if whole else "in train;") in said
+    assert f"; not used: {'' if whole else 'train/'}Labels.CSV (classes are those of the folders);" in said
+    where = "the folder itself" if whole else "train"
+    assert f"; warning: not used: 1 picture in no class's folder, in {where}: put those of a class into a" in said
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_folder_of_one_class_is_refused(whole: bool, tmp_path: Path) -> None:
+    """As where the pictures of the other lie beside its folder."""
+    root = write(tmp_path / "x", **({"all": 6} if whole else {"train": 2, "test": 2}))
+    for bees in [*root.rglob("bee")]:
+        for file in bees.iterdir():
+            file.rename(bees.parent / file.name)
+        bees.rmdir()
+    where = "6 pictures in no class's folder, in the folder" if whole else "2 pictures in .*, in train; not used: 2"
+    for read in (resident, streamed, lambda root: survey(root, tmp_path / "cache")):
+        with pytest.raises(UserError, match=f"all pictures are of one class, 'ant'\n.*; not used: {where}"):
+            read(root)
 
 
 def test_test_pictures_that_are_trained_on_are_told(tmp_path: Path) -> None:

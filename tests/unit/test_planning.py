@@ -196,6 +196,18 @@ def test_what_cannot_be_is_told_before_anything_runs(change: str, message: str) 
         one(change)
 
 
+def test_the_place_of_what_is_wrong_in_a_method_is_the_most_particular_that_the_recipe_has(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "data: digits\nstudent: wrn_10_1\nprotocol:\n  name: digits\n  optimizer: {lr: 0.2}\n"
+        "compare:\n  method:\n  - ce\n"
+    )
+    made = plan(file, REGISTRY)
+    for said, line in (("optimizer 'sgd': no", 5), ("loss 'ce' (ce:no) gave nan", 8), ("there is nothing", 8)):
+        placed = made.placed(UserError(f"method 'ce', stage 'classification': {said}"))
+        assert placed.where == f"{file}:{line}"
+
+
 TAUGHT, OWN = {"name": "wrn_16_2_digits"}, {"model": "wrn_10_1", "weights": "a.pt"}
 
 

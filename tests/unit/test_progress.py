@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from kdbench.cli import progress
@@ -153,6 +155,9 @@ def test_a_failed_cell_is_neither_made_nor_left(clock: list[float]) -> None:
     failing.state = "failed"
     lines.update(failing)
     assert "about 6 min 40 s left" in lines.summary()  # 800 steps; both made one a second
+    other.state = "failed"
+    lines.update(other)
+    assert lines.summary() == "0/2 cells finished, 0 running, 0 waiting, 2 failed"
 
 
 def test_a_cell_that_ends_before_its_fiftieth_step_sets_the_clock(clock: list[float]) -> None:
@@ -173,8 +178,34 @@ def test_nothing_is_left_of_a_run_whose_only_cell_took_no_time(
     lines.begin(cells, "title")
     cell.step, cell.state = 8, "finished"
     lines.update(cell)
-    assert "almost done" in lines.summary()
+    assert lines.summary() == "1/1 cell finished, 0 running, 0 waiting"
     assert ": 50.00 % in 0 s, evaluations included   [1/1 cell finished" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("display", [progress._Lines, progress._Live])
+def test_cells_that_go_on_from_checkpoints_are_named_in_one_line(
+    display: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A damaged checkpoint is told when its cell begins."""
+    cells = running(5)
+    for cell in cells:
+        cell.name, cell.folder = f"cell {cell.id}", tmp_path / str(cell.id)
+        cell.folder.mkdir()
+        names = OrderedDict(weight=torch.nn.Parameter(torch.ones(2)))
+        state = {"key": {"identity": "1"}, "terms": names, "step": cell.id + 2, "log": {"step": 7}}
+        torch.save(state, cell.folder / "checkpoint.pt")
+    cells[0].state = "finished"
+    (cells[1].folder / "checkpoint.pt").write_bytes(b"PK damaged")
+    (cells[2].folder / "checkpoint.pt").unlink()
+    shown = display()
+    shown.begin(cells, "title")
+    shown.end()
+    said = capsys.readouterr().err
+    line = "2 cells continue from their checkpoints: cell 3 at step 5 of 8, cell 4 at step 6 of 8"
+    assert said.count("continue") == 1 and line in " ".join(said.split())
+    (cells[4].folder / "checkpoint.pt").unlink()
+    display().begin(cells[:4], "title")
+    assert "1 cell continues from its checkpoint: cell 3 at step 5 of 8" in " ".join(capsys.readouterr().err.split())
 
 
 def test_one_cell_is_not_called_cells(capsys: pytest.CaptureFixture[str]) -> None:

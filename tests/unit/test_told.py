@@ -229,16 +229,18 @@ def test_a_loss_that_does_not_depend_on_the_student_is_found_whatever_it_has(tmp
             check_cell(spec_of(own(folder, stage)))
 
 
-@pytest.mark.parametrize("given", ["teacher", "labels"])
+@pytest.mark.parametrize("given", ["student", "teacher", "labels"])
 def test_a_loss_that_changes_what_others_read_is_found(given: str, tmp_path: Path) -> None:
     stage = {"trains": ["student"], "losses": {"own": {"loss": f"in_place:of_{given}", "hook": "logits"}}}
     registry = own(tmp_path, stage)
     (tmp_path / "in_place.py").write_text(
         "from torch.nn import functional as F\n\n\n"
+        "def of_student(student, teacher):\n    return F.mse_loss(student.mul_(2), teacher)\n\n\n"
         "def of_teacher(student, teacher):\n    return F.mse_loss(student, teacher.mul_(0))\n\n\n"
         "def of_labels(student, labels):\n    return F.cross_entropy(student, labels.zero_())\n"
     )
-    with pytest.raises(UserError, match="changes what it is given, in place"):
+    said = rf"^method 'own', stage 'training': loss 'own' \(in_place:of_{given}\) changes what it is given, in place"
+    with pytest.raises(UserError, match=said):
         check_cell(spec_of(registry))
 
 

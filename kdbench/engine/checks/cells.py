@@ -22,7 +22,7 @@ from kdbench.engine.networks.freezing import owned
 from kdbench.engine.networks.predicting import check_answers
 from kdbench.engine.networks.weights import check_start
 from kdbench.engine.surroundings import Shape, Surroundings, said_of
-from kdbench.engine.targets import import_target
+from kdbench.engine.targets import import_target, told_in
 from kdbench.engine.teachers.loading import untrained_teacher
 from kdbench.engine.terms import Term, build_terms
 from kdbench.errors import UserError, counted, first_line
@@ -109,7 +109,7 @@ def build_cell(spec: CellSpec, known: Known | None = None) -> BuiltCell:
         teacher, teacher_shapes = built(spec.teacher.model.untrained(), taught, spec.method.trains("teacher"), True)
         if spec.method.starts_from == "teacher":
             check_start(student.model, teacher.model.state_dict(), spec.student.name, spec.teacher.model.name)
-    with _Undrawn():
+    with _Undrawn(), told_in(f"method '{spec.method.name}'"):
         cell = Surroundings(spec, student, teacher, {"student": shapes, "teacher": teacher_shapes})
         if spec.method.predicts is not None:
             check_answers(cell)
@@ -206,35 +206,45 @@ def check_cell(spec: CellSpec, known: Known | None = None) -> BuiltCell:
     _check_single_images(spec, cell)
     networks = {"student": cell.student.model} | ({"teacher": cell.teacher.model} if cell.teacher else {})
     owners = owned({**networks, **cell.modules})
-    others = {parameter for parameters in owners.values() for parameter in parameters}
-    for name, terms in cell.terms.items():
-        stage, where = spec.method.stages[name], f"method '{spec.method.name}', stage '{name}'"
-        trained = [*cell.student.model.parameters()] if "student" in stage.trains else []
-        for key, of in spec.method.modules.items():
-            own = owners[key] if key in stage.trains else []
-            if own and of.optimizer is not None:
-                check_optimizer(of.optimizer, stage.schedule, own, stage.clip)
-            trained += own
-        for term in terms.values():
-            check_term(term, cell.shapes, cell.teacher_shapes, spec.data.classes)
-            for side, network in (("student", cell.student), ("teacher", cell.teacher)):
-                if network is not None:
-                    check_gradients(term, network, side, spec.networks[side][1].image_shape)
-            own = [parameter for parameter in term.parameters() if parameter not in others]
-            if own and "connectors" not in stage.trains:
-                what = f"{where}: the loss '{term.name}' has parameters of its own, which this stage does not train"
-                raise UserError(what, hint="write 'trains: [student, connectors]'")
-            trained += own
-        trained = [parameter for parameter in dict.fromkeys(trained) if parameter.requires_grad]
-        if not trained and "teacher" not in stage.trains:
-            raise UserError(f"{where}: there is nothing to train", hint="add 'student' to its 'trains'")
-        if trained:
-            check_optimizer(stage.optimizer, stage.schedule, trained, stage.clip)
-        if "teacher" in stage.trains and cell.teacher is not None:
-            optimizer, schedule = stage.teacher_optimizer or stage.optimizer, stage.teacher_schedule or stage.schedule
-            check_optimizer(optimizer, schedule, [*cell.teacher.model.parameters()], stage.clip)
+    for name in cell.terms:
+        with told_in(f"method '{spec.method.name}', stage '{name}'"):
+            _check_stage(spec, cell, name, owners)
     check_schedules(spec)
     return cell
+
+
+def _check_stage(spec: CellSpec, cell: BuiltCell, name: str, owners: Mapping[str, list[nn.Parameter]]) -> None:
+    """Compute a stage's loss terms once, and build its optimizers.
+
+    Args:
+        owners: network or module of the method -> its parameters.
+    """
+    stage = spec.method.stages[name]
+    others = {parameter for parameters in owners.values() for parameter in parameters}
+    trained = [*cell.student.model.parameters()] if "student" in stage.trains else []
+    for key, of in spec.method.modules.items():
+        own = owners[key] if key in stage.trains else []
+        if own and of.optimizer is not None:
+            check_optimizer(of.optimizer, stage.schedule, own, stage.clip)
+        trained += own
+    for term in cell.terms[name].values():
+        check_term(term, cell.shapes, cell.teacher_shapes, spec.data.classes)
+        for side, network in (("student", cell.student), ("teacher", cell.teacher)):
+            if network is not None:
+                check_gradients(term, network, side, spec.networks[side][1].image_shape)
+        own = [parameter for parameter in term.parameters() if parameter not in others]
+        if own and "connectors" not in stage.trains:
+            what = f"the loss '{term.name}' has parameters of its own, which this stage does not train"
+            raise UserError(what, hint="write 'trains: [student, connectors]'")
+        trained += own
+    trained = [parameter for parameter in dict.fromkeys(trained) if parameter.requires_grad]
+    if not trained and "teacher" not in stage.trains:
+        raise UserError("there is nothing to train", hint="add 'student' to its 'trains'")
+    if trained:
+        check_optimizer(stage.optimizer, stage.schedule, trained, stage.clip)
+    if "teacher" in stage.trains and cell.teacher is not None:
+        optimizer, schedule = stage.teacher_optimizer or stage.optimizer, stage.teacher_schedule or stage.schedule
+        check_optimizer(optimizer, schedule, [*cell.teacher.model.parameters()], stage.clip)
 
 
 def _check_logits(spec: CellSpec, cell: BuiltCell) -> None:
@@ -292,10 +302,11 @@ def costs_of(spec: CellSpec) -> dict[str, Cost]:
     teacher = untrained_teacher(spec.teacher, spec.data, CPU, REFERENCE) if spec.teacher is not None else None
     frozen = teacher.network if teacher else None
     steps = {span.name: span.steps for span in planned_timeline(spec).spans}
-    return {
-        name: build_source(source, SourceContext(spec, name, CPU, frozen)).cost(steps[name])
-        for name, source in spec.method.sources.items()
-    }
+    found = {}
+    for name, source in spec.method.sources.items():
+        with told_in(f"method '{spec.method.name}', stage '{name}'"):
+            found[name] = build_source(source, SourceContext(spec, name, CPU, frozen)).cost(steps[name])
+    return found
 
 
 def multiples(spec: CellSpec, costs: Mapping[str, Cost]) -> dict[str, int]:

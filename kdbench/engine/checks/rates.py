@@ -12,6 +12,7 @@ from torch import nn
 from kdbench.engine.networks.build import build_schedule
 from kdbench.engine.optimizers import ScheduledOptimizer, build_optimizer, separates
 from kdbench.engine.stage import moment_at, schedule_span_of
+from kdbench.engine.targets import import_target
 from kdbench.errors import UserError, failure
 from kdbench.recipe.coded import TargetSpec
 from kdbench.recipe.method_specs import StageSpec
@@ -60,7 +61,7 @@ def check_optimizer(
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's class can fail in any way
-        what = f"optimizer '{optimizer.name}' {doing}: {failure(error)}"
+        what = f"optimizer '{optimizer.name}' {doing}: {failure(error, import_target(optimizer.target))}"
         hint = "write it as a subclass of torch.optim.Optimizer: step() moves parameters at the rate group['lr'], and "
         hint += "what it keeps lies in self.state or in the groups"
         raise UserError(what, hint=hint) from None
@@ -85,15 +86,16 @@ def check_schedules(spec: CellSpec) -> None:
     for index, (name, stage) in enumerate(spec.method.stages.items()):
         span, own = schedule_span_of(line.spans, spec.method.stages, index), line.spans[index]
         steps = sorted({own.start + (own.steps - 1) * number // ASKED for number in range(ASKED + 1)})
+        within = f"method '{spec.method.name}', stage '{name}'"
         for what, target in _schedules(stage):
-            schedule, said = build_schedule(target), f"stage '{name}': the schedule '{target.name}' of {what}"
+            schedule, said = build_schedule(target), f"{within}: the schedule '{target.name}' of {what}"
             for step in steps:
                 now = moment_at(step, span, line)
                 where = f"at step {step - span.start} of {span.steps}"
                 try:
                     value = schedule.at(*now)
                 except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's function can fail in any way
-                    raise UserError(f"{said} fails {where}: {failure(error)}") from None
+                    raise UserError(f"{said} fails {where}: {failure(error, import_target(target.target))}") from None
                 if not isinstance(value, Real) or not math.isfinite(value):
                     raise UserError(f"{said} gives {value!r} {where}", hint="it must give a finite number")
                 if what == "the learning rate" and value < 0:

@@ -8,8 +8,9 @@ from torch import Tensor
 from kdbench.engine.data.batch import Batch, Sets
 from kdbench.engine.metrics import check_metrics
 from kdbench.engine.surroundings import Shape
+from kdbench.engine.targets import import_target
 from kdbench.engine.terms import Term
-from kdbench.errors import UserError, failure
+from kdbench.errors import UserError, device_advice, failure
 from kdbench.models.probing import kind_of
 from kdbench.schedules import Moment
 
@@ -32,13 +33,14 @@ def check_term(term: Term, student: Mapping[str, Shape], teacher: Mapping[str, S
     for name in term.input_sets:
         for network, shapes in (("student", student), ("teacher", teacher)):
             points = term.points(network).get(name, [])
-            values[network][name] = {p: torch.randn(n, *shapes[p]) for p in points}
+            trains = network == term.spec.of
+            # Copies: torch itself refuses to change in place what asks for gradients, and not in our words.
+            drawn = {p: torch.randn(n, *shapes[p]).requires_grad_(trains) for p in points}
+            values[network][name] = {p: value.clone() for p, value in drawn.items()}
         rows = torch.arange(n)
         labels = torch.where(rows < n / 2, 0, classes - 1)
         sets[name] = Batch(torch.empty(0), labels, rows, mask=torch.ones(n, dtype=torch.bool))
     own = [value for points in values[term.spec.of].values() for value in points.values()]
-    for value in own:
-        value.requires_grad_()
     taken = [value for sides in values.values() for points in sides.values() for value in points.values()]
     of_batches = (part for batch in sets.values() for part in (batch.labels, batch.index, batch.mask))
     taken += [part for part in of_batches if part is not None]
@@ -54,7 +56,8 @@ def check_term(term: Term, student: Mapping[str, Shape], teacher: Mapping[str, S
         raise _uncomputable(term, what, error, student, teacher) from None
     if [value._version for value in taken] != versions:
         hint = "other losses and methods read the same values: write 'teacher * 2', not 'teacher.mul_(2)'"
-        raise UserError(f"{what} changes what it is given, in place", hint=hint)
+        connector = f", or its connector '{_connector(term)}'," if _connector(term) else ""
+        raise UserError(f"{what}{connector} changes what it is given, in place", hint=hint)
     if not isinstance(result, Tensor) or result.dim() or not result.is_floating_point():
         given = f"{result.dtype} {list(result.shape)}" if isinstance(result, Tensor) else kind_of(result)
         hint = "a loss returns one float in a tensor, with its gradient: take .mean() or .sum(), and no .item()"
@@ -77,15 +80,23 @@ def _uncomputable(
     term: Term, what: str, error: BaseException, student: Mapping[str, Shape], teacher: Mapping[str, Shape]
 ) -> UserError:
     """What to say where the loss failed on random values: the option that it names, or the shapes."""
+    # What torch, or a loss itself, says of values. Other errors are of code, whatever it is given.
+    of_values = isinstance(error, RuntimeError | ValueError | IndexError)
     said = str(error).replace(" ", "_")
-    for option, given in term.spec.loss.options.items():
+    for option, given in term.spec.loss.options.items() if of_values else ():
         if option in said:
             return UserError(f"'{option}' of the loss '{term.name}' cannot be {given!r}: {error}")
     sides = ((layer.students, student if term.spec.of == "student" else teacher) for layer in term.layers)
     own_shapes = ", ".join(f"{p} {shapes[p]}" for points, shapes in sides for p in points)
     taught = ", ".join(f"{p} {teacher[p]}" for layer in term.layers for p in layer.teachers)
-    return UserError(
-        f"{what} cannot be computed: {failure(error)}",
-        hint=f"student: {own_shapes or 'nothing'}; teacher: {taught or 'nothing'}; a connector can change "
-        "channels and sizes ('kdbench ls connectors')",
-    )
+    shapes = f"student: {own_shapes or 'nothing'}; teacher: {taught or 'nothing'}"
+    fit = "; a connector can change channels and sizes ('kdbench ls connectors')" if of_values else ""
+    # Where something stands before the loss, it is not known which of the two failed.
+    called = _connector(term) or import_target(term.spec.loss.target)
+    said = failure(error, called)
+    return UserError(f"{what} cannot be computed: {said}", hint=device_advice(error) or f"{shapes}{fit}")
+
+
+def _connector(term: Term) -> str:
+    """What stands between the student's values and the loss, by name; "" where nothing does."""
+    return term.spec.connector.name if term.spec.connector else term.spec.through or ""

@@ -176,7 +176,7 @@ def _measure(
     files: SourceFiles,
 ) -> MeasuredWay:
     """Time a way on throw-away students. Whatever fails is its remark."""
-    one = MeasuredWay(way)
+    one, whose = MeasuredWay(way), "cells"
     if len(specs) > CELLS:
         specs = [specs[i * (len(specs) - 1) // (CELLS - 1)] for i in range(CELLS)]
     try:
@@ -199,6 +199,7 @@ def _measure(
         one.compiling += first - one.teacher
         steps, losses = [], []
         for member in members:
+            whose = f"method '{member.spec.method.name}', stage '{member.stage.span.name}'"
 
             def step(member: Member = member) -> float:
                 member.ready(lambda text: None, lambda: False)
@@ -219,7 +220,7 @@ def _measure(
         one.error = error.with_traceback(None)
         one.remark = f"failed: {first_line(error)}"
     except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's code can fail in any way
-        one.error = UserError(f"the first steps cannot be computed: {failure(error)}")
+        one.error = UserError(f"the first steps of {whose} cannot be computed: {failure(error)}")
         one.remark = f"failed: {one.error.what}"
     return one
 
@@ -311,7 +312,7 @@ def endless(program: Program) -> Callable[[], None]:
             left = program.prepare(cells, most)
         program.step(cells)
         left -= 1
-        for why in (cell.failure for cell in cells if cell.failure):
-            raise RuntimeError(why)
+        for cell in (cell for cell in cells if cell.failure):
+            raise RuntimeError(f"method '{cell.member.spec.method.name}': {cell.failure}")
 
     return step

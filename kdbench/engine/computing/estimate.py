@@ -27,6 +27,8 @@ from kdbench.record import finished_record
 # A GPU, and floating-point operations a second there of cohorts with recorded steps in bfloat16: ResNet-32x4 → 8x4 and
 # WRN-22-4 → WRN-16-2 had 0.9e14 to 1.4e14, alone and side by side. Smaller networks have less.
 GPU, GPU_RATE = "NVIDIA H200", 1e14
+# Seconds from which its time is told: of less the start alone takes most.
+SHORTEST_TOLD = 60.0
 # A training step is a forward pass and two as long backwards.
 PASSES = 3
 # With gradients of the images it took 2.4 to 2.7 times as long on a CPU (WRN-16-2, ResNet-8x4, VGG-8), with those of a
@@ -162,9 +164,15 @@ def memory(cells: Iterable[PlannedCell], taken: dict[str, Memory], jobs: int, de
     return max(bytes_of([cohort], taken, device.type == "cuda") for cohort in cohorts)
 
 
-def workers(device: torch.device, cells: int) -> int:
-    """How many workers a run of so many cells starts: one for each GPU, or each core."""
-    return max(torch.cuda.device_count(), 1) if device.type == "cuda" else max(min(cores(), cells), 1)
+def workers(device: torch.device, cells: int, jobs: int | None = None) -> int:
+    """How many workers of a run of so many cells compute at once: one for each GPU, or each core, at most `jobs`."""
+    at_most = torch.cuda.device_count() if device.type == "cuda" else min(cores(), cells)
+    return max(min(at_most, jobs or at_most), 1)
+
+
+def threads_of(at_once: int, threads: int | None = None) -> int:
+    """How many threads each of so many workers on the CPU has; `threads`: as they were asked for."""
+    return threads or max(min(torch.get_num_threads(), cores() // at_once), 1)
 
 
 def _batch(spec: CellSpec) -> int:

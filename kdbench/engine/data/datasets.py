@@ -59,7 +59,8 @@ def _made(spec: DataSpec, places: dict[str, Any]) -> AnyData:
     except UserError as error:
         raise UserError(error.what, error.where or (spec.target if own else None), error.hint) from None
     except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's function can fail in any way
-        what = f"the data set '{spec.name}' cannot be made by '{spec.target}': {failure(error)}"
+        said = failure(error, import_target(spec.target))
+        what = f"the data set '{spec.name}' cannot be made by '{spec.target}': {said}"
         hint = "the function is called with roots, download, cache and the 'args' of its card, all by name"
         raise UserError(what, hint=hint if isinstance(error, TypeError) else None) from None
     if not isinstance(data, AnyData):

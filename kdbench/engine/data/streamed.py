@@ -198,7 +198,7 @@ def transforms_of(chosen: AugmentationSpec) -> Transforms | None:
     """
     parts: list[tuple[str, Transform]] = []
     for one in chosen.transforms or ():
-        with code_of(f"the transform '{one.name}' cannot be made by '{one.target}'"):
+        with code_of(f"the transform '{one.name}' cannot be made by '{one.target}'", one.target):
             part = import_target(one.target)(**one.options)
         if not callable(part):
             what = f"the transform '{one.name}': '{one.target}' gives {type(part).__name__}"

@@ -85,7 +85,7 @@ def made(spec: TargetSpec, what: str, hint: str | None = None, *given: Any, **mo
     try:
         module = import_target(spec.target)(*given, **more, **spec.options)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's class can fail in any way
-        reason, advice = in_words(error)
+        reason, advice = in_words(error, spec.target)
         raise UserError(f"{what}: {reason}", hint=advice or hint) from None
     if not isinstance(module, nn.Module):
         raise UserError(f"{what}: it is a {type(module).__name__}, not a torch.nn.Module", hint=hint)
