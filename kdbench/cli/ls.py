@@ -84,8 +84,10 @@ def family(cards: Registry, name: str) -> str:
         return FAMILIES[5]
     if any(term.input not in ("data", "second") or term.against or term.of == "teacher" for term in terms):
         return FAMILIES[5]
-    where = cards.tree("methods", name).origin(("stages",))
-    taught = [term for term in terms if "teacher" in cards.card("losses", term.loss, where).inputs]
+    origin = cards.tree("methods", name).origin
+    places = [origin(("stages", key, "losses", one)) for key, of in card.stages.items() for one in of.losses]
+    named = [cards.card("losses", term.loss, where) for term, where in zip(terms, places, strict=True)]
+    taught = [term for term, loss in zip(terms, named, strict=True) if "teacher" in loss.inputs]
     read = [term.teacher or term.hook or "logits" for term in taught]
     points = {point for at in read for point in ([at] if isinstance(at, str) else at)}
     if "logits" in points:

@@ -115,15 +115,15 @@ def _keys_at(tree: Tree, parents: list[str], registry: Registry) -> dict[str, An
     if not isinstance(inside, dict) or not parents:
         return {}
     form = form_at(MethodCard, tuple(parents))
-    found = {key: field.get_default() for key, field in form.model_fields.items()} if form else {}
+    found = {key: field.get_default() for key, field in form.model_fields.items()} if form else dict(inside)
     kinds = NAMED_KINDS | {"predicts": "connectors"}
     kind = {"losses": "losses", "modules": "connectors"}.get(["", *parents][-2], kinds.get(parents[-1]))
     if kind is not None:
         key = "loss" if kind == "losses" else "name"
-        card = registry.card(kind, inside.get(key), tree.origin((*parents, key)))
+        card = registry.card(kind, inside.get(key, ""), tree.origin((*parents, key)))
         found |= {option.name: option.default for option in registry.settable(card).values()}
         found |= getattr(card, "args", {})
-    return found | inside
+    return {key: inside.get(key, value) for key, value in found.items()}
 
 
 def settings_of(name: str, registry: Registry) -> dict[str, tuple[str, Any]]:
