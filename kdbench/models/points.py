@@ -150,4 +150,4 @@ def _has(known: Sequence[str]) -> str:
     if any(re.match(r"(teacher\d+\.)?layer", point) for point in known):
         return has
     # Running the network found no stages, or the recipe or card names none.
-    return f"{has}, and no layers; a recipe can name some: {_EXAMPLE}"
+    return f"{has}, and no layers; a recipe can name some beside the model, as in {_EXAMPLE}"

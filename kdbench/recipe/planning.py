@@ -95,14 +95,15 @@ class Plan:
         return list({cell.spec.identity(): cell for cell in every}.values())
 
     def placed(self, error: UserError) -> UserError:
-        """An error of what was built from this plan, with the place of the user's own loss term that it is about, else
-        with that in the recipe of the first thing that it quotes.
+        """An error of what was built from this plan, with the place in the recipe of the first thing that it quotes, or
+        that of the user's own loss term that it is about.
 
         Of an optimizer that only a card names, for one, the recipe may give numbers: then it is that of its kind.
         """
-        terms = re.findall(r"^method '[^']+': [\w-]+/[\w-]+", error.what)
-        quoted, kinds = re.findall(r"'([^']+)'", error.what), re.findall(r"(\w+) '", error.what)
-        where = next((self.origins[word] for word in terms + quoted + kinds if word in self.origins), None)
+        term = "".join(re.findall(r"^method '[^']+': [\w-]+/[\w-]+", error.what))
+        quoted, of_method = (re.findall(r"'([^']+)'", text) for text in (error.what[len(term) :], term))
+        words = [*quoted, term, *of_method, *re.findall(r"(\w+) '", error.what)]
+        where = next((self.origins[word] for word in words if word in self.origins), None)
         return UserError(error.what, error.where or where, error.hint)
 
 

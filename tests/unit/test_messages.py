@@ -185,6 +185,7 @@ methods:
     title: lost
     parameters: {temperature: stages.training.losses.far.temperature}
     stages: [{name: training, losses: {far: {loss: nowhere}}}]
+  alone: {title: alone, stages: [{name: training, losses: {it: {loss: near, hook: layer2}}}]}
 """
 CODE = """from torch import nn
 
@@ -213,6 +214,7 @@ class Flat(nn.Sequential):
         ("method: far", 8, "unknown key 'args'\n.*stand where a method names it: '{loss: KEY"),
         ("method: kd\nteacher: of_no_data", 11, "unknown data set 'nodata'"),
         ("method: kd\nteacher: of_no_hooks", 12, "'model.hooks' cannot be 'wrn'\n  write a mapping"),
+        ("method: alone", 27, "method 'alone': training/it: loss 'it' .*cannot be computed"),
         ("method: lost", 26, "unknown loss 'nowhere'"),
         ("method: at\nstudent: two", 0, "'two' has no hook points 'layers'\n.*'student: {name: MODEL, hooks: {layer1:"),
         ("method: kd\nstudent: two", 0, ""),

@@ -216,10 +216,7 @@ def check_cell(spec: CellSpec, known: Known | None = None) -> BuiltCell:
                 check_optimizer(of.optimizer, stage.schedule, own, stage.clip)
             trained += own
         for term in terms.values():
-            check_term(term, cell.shapes, cell.teacher_shapes, spec.data.classes)
-            for side, network in (("student", cell.student), ("teacher", cell.teacher)):
-                if network is not None:
-                    check_gradients(term, network, side, spec.networks[side][1].image_shape)
+            _check_term(term, f"method '{spec.method.name}': {name}/{term.name}", spec, cell)
             own = [parameter for parameter in term.parameters() if parameter not in others]
             if own and "connectors" not in stage.trains:
                 what = f"{where}: the loss '{term.name}' has parameters of its own, which this stage does not train"
@@ -235,6 +232,17 @@ def check_cell(spec: CellSpec, known: Known | None = None) -> BuiltCell:
             check_optimizer(optimizer, schedule, [*cell.teacher.model.parameters()], stage.clip)
     check_schedules(spec)
     return cell
+
+
+def _check_term(term: Term, place: str, spec: CellSpec, cell: BuiltCell) -> None:
+    """Compute a term once, and gradients that it reads. Its errors begin as those of building it."""
+    try:
+        check_term(term, cell.shapes, cell.teacher_shapes, spec.data.classes)
+        for side, network in (("student", cell.student), ("teacher", cell.teacher)):
+            if network is not None:
+                check_gradients(term, network, side, spec.networks[side][1].image_shape)
+    except UserError as error:
+        raise UserError(f"{place}: {error.what}", error.where, error.hint) from None
 
 
 def _check_logits(spec: CellSpec, cell: BuiltCell) -> None:
