@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 
-from kdbench.forms import IMAGE_SIZE, RESIZE, Card, Entry, Name, Named, Strict, WithOptions
+from kdbench.forms import IMAGE_SIZE, RESIZE, Card, Entry, Name, Named, NamedModel, PointName, Strict, WithOptions
 from kdbench.image_cards import AugmentationCard, Normalization, PixelSize
-from kdbench.models.points import point_name
 from kdbench.published import PaperCard, PublishedCard
 from kdbench.schedules import share
 
@@ -39,7 +38,6 @@ def _module(name: str) -> str:
 
 Share = Annotated[str, BeforeValidator(_share)]
 Target = Annotated[str, AfterValidator(_target)]
-PointName = Annotated[str, AfterValidator(point_name)]
 TermName = Annotated[Name, AfterValidator(_term)]
 ModuleName = Annotated[Name, AfterValidator(_module)]
 Mode = Literal["train", "eval"]
@@ -57,11 +55,12 @@ class CodeCard(Card):
 class TargetCard(CodeCard):
     """A target with fixed options: connectors, schedules, optimizers."""
 
+    options_of_target: ClassVar[str] = "Options of its target stand under 'args'"
     args: dict[str, Any] = {}
 
 
 class ModelCard(TargetCard):
-    hooks: str = Field(description="key of a hooks card, or 'derived' to find them by running the network")
+    hooks: str = Field("derived", description="key of a hooks card, or 'derived' to find them by running the network")
     examples: list[str] = Field([], description="names that a template key stands for")
 
 
@@ -73,6 +72,7 @@ class HookCard(Card):
 
 
 class LossCard(CodeCard):
+    options_of_target: ClassVar[str] = "Options of a loss stand where a method names it: '{loss: KEY, OPTION: VALUE}'"
     inputs: list[Literal["student", "teacher", "other", "labels", "index", "mask"]] | None = Field(
         None, description="what its first arguments take, if their names do not say it"
     )
@@ -198,7 +198,7 @@ class TeacherCard(Card):
     Weights by hash, a recipe that trains such, or both: the weights are used unless a recipe asks for training.
     """
 
-    model: Named
+    model: NamedModel
     data: Named
     weights: Weights | None = None
     recipe: str | None = None

@@ -2,10 +2,13 @@
 
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from kdbench.models.points import point_name
 
 # What authors of methods call their stages and losses.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z_][\w-]*$")]
+PointName = Annotated[str, AfterValidator(point_name)]
 Percent = Annotated[float, Field(ge=0, le=100, strict=True)]
 # What cards and recipes say of the images that a network takes.
 IMAGE_SIZE = "side of the images that it takes, if not the data card's: the views are resized for it"
@@ -55,6 +58,14 @@ class Named(WithOptions):
     """A card's name with options for its target, beside each other: `{name: sgd, lr: 0.1}`."""
 
     name: str
+
+
+class NamedModel(Named):
+    """A model by name, with its own options and hook points."""
+
+    hooks: dict[PointName, str] | None = Field(
+        None, description="hook points in place of all of the network's own, as on a hooks card"
+    )
 
 
 class Card(Strict):

@@ -184,6 +184,8 @@ def _typed(value: Any, parameter: Parameter, where: str, what: str) -> Any:
         hint = f"it must be {parameter.annotation}"
         if isinstance(value, str) and parameter.type in (int, float):
             hint += "; write a number without quotes"
+        if isinstance(value, list) and not re.search(r"\b(list|tuple)\b", parameter.annotation):
+            hint += "; to compare several, list them under 'compare'"
         if "str" in parameter.annotation and isinstance(value, int | float | list):
             hint += "; a number that is meant as text needs quotes, and a share its sign: '30%'"
         raise UserError(f"'{parameter.name}' of {what} cannot be {value!r}", where=where, hint=hint) from None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from numbers import Integral
 from pathlib import Path as FilePath
 from typing import Any
@@ -83,11 +83,15 @@ class Tree:
         """This mapping without some of its keys."""
         return Tree({key: value for key, value in self.data.items() if key not in keys}, self.origins)
 
-    def merged(self, over: Tree) -> Tree:
+    def merged(self, over: Tree, whole: Collection[Path] = ()) -> Tree:
         """This tree with another laid over it: mappings merge, everything else is replaced. A mapping that has a `name`
-        replaces a mapping of another name whole: the options of one optimizer say nothing to another."""
+        replaces a mapping of another name whole: the options of one optimizer say nothing to another.
+
+        Args:
+            whole: paths of mappings that replace one of the same name too.
+        """
         origins = dict(self.origins)
-        data = _merge(self.data, over.data, (), origins, over.origins)
+        data = _merge(self.data, over.data, (), origins, over.origins, whole)
         return Tree(data, origins)
 
     def put(self, path: Path, value: Tree) -> Tree:
@@ -194,7 +198,9 @@ def _construct(node: yaml.Node, path: Path, source: str, origins: dict[Path, str
     return scalar
 
 
-def _merge(base: Any, over: Any, path: Path, origins: dict[Path, str], over_origins: dict[Path, str]) -> Any:
+def _merge(
+    base: Any, over: Any, path: Path, origins: dict[Path, str], over_origins: dict[Path, str], whole: Collection[Path]
+) -> Any:
     both = isinstance(base, dict) and isinstance(over, dict)
     # A named card and one's own model say who teaches in two ways: the later one holds whole.
     forms = ("model", "name", "several")
@@ -204,13 +210,16 @@ def _merge(base: Any, over: Any, path: Path, origins: dict[Path, str], over_orig
         and any(form in over for form in forms)
         and any((form in over) != (form in base) for form in ("model", "several"))
     )
-    if both and not other_form and not ("name" in over and base.get("name", over["name"]) != over["name"]):
+    # What is said of a method without its name holds whatever is named.
+    other_name = both and "name" in over and base.get("name", over["name"]) != over["name"]
+    replaced = path in whole and both and ("name" in base or "name" not in over)
+    if both and not (other_form or other_name or replaced):
         result = dict(base)
         if path in over_origins and path not in origins:
             origins[path] = over_origins[path]
         for key, value in over.items():
             if key in result:
-                result[key] = _merge(result[key], value, (*path, key), origins, over_origins)
+                result[key] = _merge(result[key], value, (*path, key), origins, over_origins, whole)
             else:
                 result[key] = value
                 _take(origins, over_origins, (*path, key))

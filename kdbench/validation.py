@@ -12,20 +12,28 @@ from kdbench.tree import Path, Tree, dotted
 M = TypeVar("M", bound=BaseModel)
 
 
-def validated(model: type[M], tree: Tree, what: str) -> M:
-    """`tree` as an instance of `model`; the first finding in file order becomes a UserError."""
+def validated(model: type[M], tree: Tree, what: str, within: Path | None = None) -> M:
+    """`tree` as an instance of `model`; the first finding in file order becomes a UserError.
+
+    Args:
+        within: where a recipe can set what is in the tree; None for what none can.
+    """
     try:
         return model.model_validate(tree.data)
     except ValidationError as error:
         # Of a union the alternative that is a fixed word says least.
         order = {"extra_forbidden": 0, "literal_error": 2}
-        findings = sorted(error.errors(), key=lambda e: (order.get(e["type"], 1), str(e["loc"])))
+        found = error.errors()
+        # A list is no mistake where another alternative took it for one, and found a mistake inside.
+        taken = {_keys(e["loc"][:-1], tree.data) for e in found if e["loc"] and isinstance(e["loc"][-1], int)}
+        found = [e for e in found if not (isinstance(e["input"], list) and _keys(e["loc"], tree.data) in taken)]
+        findings = sorted(found, key=lambda e: (order.get(e["type"], 1), str(e["loc"])))
         first = findings[0]
         # What is wrong for every alternative of a union is one mistake.
         places = [_keys(e["loc"], tree.data) + (e["loc"][-1:] if e["type"] == "missing" else ()) for e in findings]
         loc, others = places[0], {*places} - {places[0]}
         more = f" (and {len(others)} more)" if others else ""
-        text, hint = _explain(model, first, loc)
+        text, hint = _explain(model, first, loc, within)
         raise UserError(f"{what}: {text}{more}", where=_place(tree, loc, first["type"]), hint=hint) from None
 
 
@@ -46,15 +54,23 @@ def _keys(loc: tuple[Any, ...], data: Any) -> Path:
     return found
 
 
+# Findings that say of a list that something else is expected.
+_NO_LIST = {"model_type", "dict_type", "literal_error"} | {
+    f"{kind}_type" for kind in ("string", "int", "float", "bool")
+}
 # no, on, 12 and 2024-01-01 are no texts in YAML.
 _IN_QUOTES = "a text that looks like a number, a date or yes and no must be in quotes"
 
 
-def _explain(model: type[BaseModel], finding: Any, loc: Path) -> tuple[str, str]:
+def _explain(model: type[BaseModel], finding: Any, loc: Path, within: Path | None) -> tuple[str, str]:
     kind, value = finding["type"], finding.get("input")
     inside = f" in '{dotted(loc[:-1])}'" if len(loc) > 1 else ""
     if kind == "extra_forbidden":
-        return f"unknown key '{loc[-1]}'{inside}", did_you_mean(str(loc[-1]), fields_at(model, loc[:-1]))
+        hint = did_you_mean(str(loc[-1]), fields_at(model, loc[:-1]))
+        # On a card that names code, what is unknown may be meant for the code.
+        if options := getattr(form_at(model, loc[:-1]), "options_of_target", ""):
+            hint = f"{hint}{'' if hint.endswith('?') else '.'} {options}"
+        return f"unknown key '{loc[-1]}'{inside}", hint
     if kind == "missing":
         return f"the key '{loc[-1]}' is missing{inside}", f"add '{loc[-1]}:'"
     message = finding["msg"].removeprefix("Value error, ")
@@ -63,8 +79,8 @@ def _explain(model: type[BaseModel], finding: Any, loc: Path) -> tuple[str, str]
     shown = str(value) if isinstance(value, date) else shortened(value)
     if isinstance(value, str) and ("number" in message or "integer" in message):
         return f"{place}cannot be the text {shortened(value)}", f"{message}; write a number without quotes"
-    if isinstance(value, list) and kind in ("model_type", "string_type"):
-        return f"{place}is one thing, not a list", f"to compare several: 'compare: {{{dotted(loc)}: […]}}'"
+    if isinstance(value, list) and kind in _NO_LIST:
+        return f"{place}is one thing, not a list", _several(model, loc, within) or message
     if kind == "model_type":
         keys = fields_at(model, loc)
         hint = f"it has the keys {', '.join(keys)}" if keys else message
@@ -73,18 +89,33 @@ def _explain(model: type[BaseModel], finding: Any, loc: Path) -> tuple[str, str]
         return f"{place}cannot be {shown}", f"{hint}; {_IN_QUOTES}" if unquoted else hint
     if isinstance(value, dict | list) or not loc:
         return f"{place}is invalid", message
-    if kind in ("string_type", "dict_type"):
+    if kind == "dict_type" and isinstance(value, str):
+        message = f"write a mapping: '{loc[-1]}: {{KEY: VALUE}}'"
+    elif kind in ("string_type", "dict_type"):
         message = _IN_QUOTES
     return f"{place}cannot be {shown}", message
 
 
+def _several(model: type[BaseModel], loc: Path, within: Path | None) -> str:
+    """How a recipe compares several values of what stands at a location; empty where it cannot."""
+    path = (*(within or ()), *loc)
+    if within is None or path[0] in getattr(model, "not_compared", ()) or any(isinstance(key, int) for key in path):
+        return ""
+    return f"to compare several: 'compare: {{{dotted(path)}: […]}}'"
+
+
 def fields_at(model: type[BaseModel], loc: Path) -> list[str]:
     """Known keys of the (nested) model at a location; empty where keys are free."""
+    found = form_at(model, loc)
+    return list(found.model_fields) if found else []
+
+
+def form_at(model: type[BaseModel], loc: Path) -> type[BaseModel] | None:
+    """The (nested) model at a location; None where keys are free."""
     current: Any = model
     for part in loc:
         current = _step(current, part)
-    found = _model_in(current)
-    return list(found.model_fields) if found else []
+    return _model_in(current)
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

@@ -84,7 +84,10 @@ def family(cards: Registry, name: str) -> str:
         return FAMILIES[5]
     if any(term.input not in ("data", "second") or term.against or term.of == "teacher" for term in terms):
         return FAMILIES[5]
-    taught = [term for term in terms if "teacher" in cards.card("losses", term.loss).inputs]
+    origin = cards.tree("methods", name).origin
+    places = [origin(("stages", key, "losses", one)) for key, of in card.stages.items() for one in of.losses]
+    named = [cards.card("losses", term.loss, where) for term, where in zip(terms, places, strict=True)]
+    taught = [term for term, loss in zip(terms, named, strict=True) if "teacher" in loss.inputs]
     read = [term.teacher or term.hook or "logits" for term in taught]
     points = {point for at in read for point in ([at] if isinstance(at, str) else at)}
     if "logits" in points:
@@ -95,12 +98,13 @@ def family(cards: Registry, name: str) -> str:
 def _row(cards: Registry, kind: str, key: str) -> dict[str, str]:
     """What is listed of a card."""
     example = cards.trees[kind][key].data.get("examples", [key])[0] if "{" in key else key
-    data = cards.tree(kind, example).data
+    tree = cards.tree(kind, example)
+    data = tree.data
     paper = str(data.get("paper", ""))
     shown = {kind: key.replace("{", "<").replace("}", ">"), "what it is": about(data), "paper": paper}
     if kind != "methods":
         return shown
-    found = cards.card("papers", paper) if paper else None
+    found = cards.card("papers", paper, tree.origin(("paper",))) if paper else None
     first, *others = (found.authors if found else "").split(", ")
     cited = f"{first.split()[-1]}{' et al.' if others else ''} {found.year}" if found else ""
     return shown | {"paper": cited, "family": family(cards, key)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,6 +15,7 @@ from kdbench.models.points import LOGITS
 from kdbench.reading import read_text
 from kdbench.recipe.datasets import spec_of_card
 from kdbench.recipe.loading import dump, find
+from kdbench.recipe.methods import settings_of
 from kdbench.recipe.networks import model_spec
 from kdbench.registry import Registry
 from kdbench.signature import REQUIRED
@@ -59,33 +60,44 @@ def command(
     print_yaml(dump({name: tree.data}))
     if hasattr(card, "target"):
         table = plain_table("option", "type", "default")
+        # What the card or its name sets is the default of what is left to a recipe.
+        given = getattr(card, "args", {}) | cards.fields(kind, name)
         for option in cards.settable(card).values():
-            table.add_row(
-                option.name, option.annotation, "required" if option.default is REQUIRED else repr(option.default)
-            )
+            table.add_row(option.name, option.annotation, _value(given.get(option.name, option.default)))
         if table.row_count:
             console.print(table)
+    if kind == "methods":
+        table = plain_table("setting", "value", "short name")
+        for path, (short, value) in settings_of(name, cards).items():
+            table.add_row(path, _value(value), f"method.{short}" if short else "")
+        console.print(table)
     if kind == "models" and (points := _hook_points(cards, name)):
-        console.print(f"hook points: {', '.join(points)}")
+        console.print(f"hook points: {', '.join([*points, LOGITS])}")
+        console.print(f"hooks: {{{', '.join(f'{point}: {place}' for point, place in points.items() if place)}}}")
     paper = getattr(card, "paper", None)
     if paper:
-        entry = cards.card("papers", paper)
+        entry = cards.card("papers", paper, tree.origin(("paper",)))
         console.print(f"{entry.authors}: {entry.title}. {entry.venue} {entry.year}.")
 
 
-def _hook_points(cards: Registry, name: str) -> list[str]:
-    """The hook points of a model, in order; none where it cannot be built as it stands, without options."""
-    hooks = cards.card("models", name).hooks
-    if "{" in name:
-        return []
-    if hooks != "derived":
-        return [*cards.card("hooks", hooks).points, LOGITS]
+def _value(value: Any) -> str:
+    return "required" if value is REQUIRED else repr(value)
+
+
+def _hook_points(cards: Registry, name: str) -> dict[str, str]:
+    """The hook points of a model, in order, and how a recipe writes their places; none where it cannot be built as it
+    stands, without options. Patches are found by running the network alone."""
+    card = cards.card("models", name)
+    if card.hooks != "derived":
+        points = cards.card("hooks", card.hooks, cards.tree("models", name).origin(("hooks",))).points
+        return dict(points)
     from kdbench.engine.networks.build import build_extractor, build_model
 
     # They are found by running the network, on images that any of them takes.
     largest = max(cards.names("datasets"), key=lambda data: cards.card("datasets", data).image_size)
     try:
         data, spec = spec_of_card(largest, cards), model_spec(Tree.of({"name": name}, "kdbench show"), cards)
-        return [*build_extractor(build_model(spec, data), spec, data).places, LOGITS]
+        places = build_extractor(build_model(spec, data), spec, data).places
     except UserError:
-        return []
+        return {}
+    return {point: "" if place.grid else str(place) for point, place in places.items()}

@@ -124,7 +124,8 @@ class Term(nn.Module):
             raise UserError(
                 f"{place}: {counted(len(students), 'student layer')} against {counted(len(teachers), 'teacher layer')}",
                 hint=f"student: {', '.join(students)}; teacher: {', '.join(teachers)}. Choose as many of each with "
-                "'hooks' beside the model's name: 'student: {name: MODEL, hooks: {layer1: MODULE, layer2: MODULE}}'",
+                "'hooks' beside the model's name, 'student: {name: MODEL, hooks: {layer1: MODULE, layer2: MODULE}}', "
+                "or beside a teacher's 'name' or 'model'",
             )
         n = max(len(students), len(teachers), 1)
         weights = _layer_weights(spec, n, place)

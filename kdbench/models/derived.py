@@ -17,7 +17,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kdbench.errors import UserError
 from kdbench.models.places import FIRST, LAST, Place, shapes_at, with_orders
 from kdbench.models.probing import DRY, UNSUITABLE, cannot_take, dry_run, logits_of, watched
 
@@ -40,13 +39,13 @@ def derived_places(
 ) -> dict[str, Place]:
     """stem (where there is one before the stages), layerK, layerK.preact where a ReLU or ReLU6 ends the stage, pooled;
     logits.class and logits.distillation of timm's networks with two heads; layerK.patches and last.patches of
-    transformers.
+    transformers. Of a network without stages there is `pooled` at most.
 
     Args:
         larger: builds the network anew for another side of images, for such as take one size only.
 
     Raises:
-        UserError: no stages can be found, or the network cannot run on such images.
+        UserError: the network cannot run on such images.
     """
     calls, output = _trace(model, model_name, image_shape)
     logits = logits_of(model_name, output)
@@ -54,10 +53,7 @@ def derived_places(
     stages = _declared_stages(model, calls)
     if stages is None:
         stages = _stages_by_resolution(calls)
-    if not stages:
-        hint = "name its hook points in the recipe, under the model's 'hooks'"
-        raise UserError(f"no stages could be found in model '{model_name}'", hint=hint)
-    stem, layers = _split_stem(stages)
+    stem, layers = _split_stem(stages) if stages else (None, [])
     found = {"stem": Place(stem, "output")} if stem else {}
     for number, path in enumerate(layers, start=1):
         found[f"layer{number}"] = Place(path, "output")
@@ -78,7 +74,7 @@ def derived_places(
     return {
         point: place._replace(order=declared) if place.order is None and point.startswith("layer") else place
         for point, place in ordered.items()
-    } | _patches(model, calls, layers, image_shape)
+    } | (_patches(model, calls, layers, image_shape) if layers else {})
 
 
 def _trace(model: nn.Module, model_name: str, image_shape: tuple[int, int, int]) -> tuple[list[_ModuleCall], object]:

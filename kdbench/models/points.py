@@ -33,6 +33,8 @@ POINT_GROUPS = {
     for group in ("layers", LAST)
     for ending in ("", *(f".{ending}" for ending in _ENDINGS))
 }
+# How a recipe names hook points.
+_EXAMPLE = "'student: {name: MODEL, hooks: {layer1: MODULE, layer2: MODULE, pooled: input(MODULE)}}'"
 # What to do where patches are missing.
 TRANSFORMERS = "transformers such as 'timm:deit_tiny_patch16_224' have patches"
 
@@ -144,4 +146,8 @@ def existing(point: str, known: Sequence[str], whose: str) -> str:
 
 
 def _has(known: Sequence[str]) -> str:
-    return f"it has {', '.join(known)}" if known else "it has none"
+    has = f"it has {', '.join(known)}" if known else "it has none"
+    if any(re.match(r"(teacher\d+\.)?layer", point) for point in known):
+        return has
+    # Running the network found no stages, or the recipe or card names none.
+    return f"{has}, and no layers; a recipe can name some beside the model, as in {_EXAMPLE}"

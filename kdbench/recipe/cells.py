@@ -24,8 +24,8 @@ from kdbench.validation import validated
 
 def cell_spec(
     variant: Variant, seed: int, registry: Registry, trained: TeacherCell, weights_must_exist: bool
-) -> tuple[CellSpec, set[str]]:
-    """The cell of a variant and a seed, and the parts of the recipe that mean nothing to it.
+) -> tuple[CellSpec, set[str], Tree]:
+    """The cell of a variant and a seed, the parts of the recipe that mean nothing to it, and the tree of its method.
 
     Args:
         trained: gives the cell that trains a teacher by its own recipe.
@@ -68,12 +68,12 @@ def cell_spec(
         seed=seed,
         **chosen,
     )
-    _check_points(spec, method_tree)
+    _check_points(spec, method_tree, _with_own_hooks(recipe, spec))
     _check_mixed(spec, protocol_tree, registry)
     if protocol.ema is not None:
         _check_average(spec, protocol_tree.origin(("ema",)))
     _check_sizes(spec, tree.origin(("teacher",)))
-    return spec, foreign
+    return spec, foreign, method_tree
 
 
 def _protocol(recipe: Recipe, tree: Tree, data: DataSpec, registry: Registry) -> tuple[ProtocolSpec, Tree]:
@@ -90,7 +90,7 @@ def _protocol(recipe: Recipe, tree: Tree, data: DataSpec, registry: Registry) ->
     if "epochs" in own.data or "steps" in own.data:
         merged = merged.without("epochs", "steps")
     merged = merged.merged(own)
-    card = validated(ProtocolCard, merged, f"protocol '{name}'")
+    card = validated(ProtocolCard, merged, f"protocol '{name}'", ("protocol",))
     normalization = card.normalization or data.normalization
     check_channels(normalization, data, tree.origin(("protocol",)))
     views: dict[str, Any] = {
@@ -150,8 +150,20 @@ def _check_average(spec: CellSpec, where: str) -> None:
             raise UserError(f"method '{spec.method.name}': {what}", where, "leave 'ema' out: 'protocol.ema=null'")
 
 
-def _check_points(spec: CellSpec, method: Tree) -> None:
-    """Hook points that a hooks card lacks are told now; derived ones are known only once the model is built."""
+def _with_own_hooks(recipe: Recipe, spec: CellSpec) -> list[ModelSpec]:
+    """The networks whose hook points the recipe names itself."""
+    given = [spec.student] if recipe.student.hooks is not None else []
+    if spec.teacher is not None and recipe.teacher is not None and recipe.teacher.own_hooks is not None:
+        given.append(spec.teacher.model)
+    return given
+
+
+def _check_points(spec: CellSpec, method: Tree, given: list[ModelSpec]) -> None:
+    """Hook points that a hooks card lacks are told now; derived ones are known only once the model is built.
+
+    Args:
+        given: networks whose hook points the recipe names itself.
+    """
     teacher = spec.teacher
     for stage, name, term in spec.method.named_terms:
         what = f"method '{spec.method.name}', stage '{stage}', loss '{name}'"
@@ -161,11 +173,11 @@ def _check_points(spec: CellSpec, method: Tree) -> None:
         if {"student", "other"} & {*term.loss.inputs}:
             own = teacher.model if teacher is not None and term.of == "teacher" else spec.student
             for point in term.points("student"):
-                _check_point(point, own, what, where)
+                _check_point(point, own, given, what, where)
         if teacher is None or "teacher" not in term.loss.inputs:
             continue
         for point in term.points("teacher"):
-            _check_point(point, teacher.model, what, where)
+            _check_point(point, teacher.model, given, what, where)
         plain = term.teacher == "logits" and term.connector is None and not term.through
         if teacher.classes is not None and (plain or any_gradient(term.points("teacher"))):
             raise UserError(
@@ -203,7 +215,7 @@ def _check_sizes(spec: CellSpec, where: str) -> None:
             )
 
 
-def _check_point(point: str, model: ModelSpec, what: str, where: str) -> None:
+def _check_point(point: str, model: ModelSpec, given: list[ModelSpec], what: str, where: str) -> None:
     place = place_of_gradient(point)
     if place == IMAGES:
         return
@@ -212,9 +224,12 @@ def _check_point(point: str, model: ModelSpec, what: str, where: str) -> None:
         return
     if point not in (*model.hooks, *POINT_GROUPS, "logits"):
         groups = [group for group, member in POINT_GROUPS.items() if any(map(member.fullmatch, model.hooks))]
-        known = [*model.hooks, *groups, "logits"]
-        raise UserError(
-            f"{what}: '{model.name}' has no hook point '{point}'",
-            where=where,
-            hint="it has: " + ", ".join(known) + (f"; {TRANSFORMERS}" if point.endswith("patches") else ""),
-        )
+        hint = "it has: " + ", ".join([*model.hooks, *groups, "logits"])
+        if model in given:
+            hint += (
+                f"; the recipe's 'hooks' stand in place of all of its own: name '{point}' there too, at the place that "
+                f"'kdbench show models {model.name}' tells"
+            )
+        elif point.endswith("patches"):
+            hint += f"; {TRANSFORMERS}"
+        raise UserError(f"{what}: '{model.name}' has no hook point '{point}'", where=where, hint=hint)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from kdbench.cards import PointName
-from kdbench.forms import IMAGE_SIZE, RESIZE, Entry, Named, Strict, WithOptions
+from kdbench.forms import IMAGE_SIZE, RESIZE, Entry, NamedModel, PointName, Strict, WithOptions
 from kdbench.image_cards import Normalization
 
 # Settings that every method tries at most: each is planned before anything is trained.
@@ -64,9 +63,12 @@ class TeacherChoice(Strict):
 
     name: str | None = Field(None, description="key of a teacher card")
     several: list[TeacherChoice] | None = Field(
-        default=None, min_length=2, description="several teachers; you can also write a list instead of a mapping"
+        default=None, description="several teachers; you can also write a list instead of a mapping"
     )
-    model: Named | None = None
+    model: NamedModel | None = None
+    hooks: dict[PointName, str] | None = Field(
+        default=None, description="beside 'model' or 'name': hook points in place of all of the network's own"
+    )
     weights: str | None = Field(
         default=None, description="file with a state dict (.safetensors, or .pt with weights only)"
     )
@@ -101,6 +103,11 @@ class TeacherChoice(Strict):
             )
         return data
 
+    @property
+    def own_hooks(self) -> dict[str, str] | None:
+        """The hook points that it is given, beside its model or inside."""
+        return self.hooks if self.hooks is not None or self.model is None else self.model.hooks
+
     @model_validator(mode="after")
     def one_form(self) -> TeacherChoice:
         if self.several is not None:
@@ -108,7 +115,14 @@ class TeacherChoice(Strict):
                 raise ValueError("with several teachers, write settings beside each of them")
             if any(one.several for one in self.several):
                 raise ValueError("a list of teachers cannot hold other lists")
+            if len(self.several) < 2:
+                raise ValueError(
+                    "a list of teachers has two or more, which teach together; one is written without a list, and to "
+                    "compare teachers: 'compare: {teacher: […]}'"
+                )
             return self
+        if self.hooks is not None and self.model is not None and self.model.hooks is not None:
+            raise ValueError("a teacher's 'hooks' are given twice: keep those beside 'model'")
         if self.untrained and (self.name is not None or self.weights is not None or self.accuracy is not None):
             raise ValueError("an untrained teacher has a 'model' and nothing else")
         if self.name is None and (self.model is None or (self.weights is None and not self.untrained)):
@@ -130,10 +144,9 @@ class TeacherChoice(Strict):
         return self
 
 
-class StudentChoice(Named):
-    """A model by name, with its own options, hook points (for models without a hooks card) and first weights."""
+class StudentChoice(NamedModel):
+    """A model by name, with its own options, hook points and first weights."""
 
-    hooks: dict[PointName, str] | None = None
     image_size: int | None = Field(default=None, gt=0, description=IMAGE_SIZE)
     weights: str | None = Field(None, description="file with a state dict to start from")
     entry: Entry = None
@@ -230,6 +243,9 @@ class Tune(WithOptions):
 
 class Recipe(Strict):
     """What a user writes. `compare` takes dotted paths of this very structure."""
+
+    # Keys that are no part of a single cell.
+    not_compared: ClassVar[tuple[str, ...]] = ("compare", "tune", "seeds", "title", "baseline")
 
     title: str = Field("", description="shown above the table")
     data: DataChoice

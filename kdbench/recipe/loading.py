@@ -15,6 +15,7 @@ from kdbench.forms import listed
 from kdbench.recipe.choices import Range, Recipe
 from kdbench.registry import written_out
 from kdbench.tree import SCIENTIFIC, Tree
+from kdbench.tree import Path as TreePath
 from kdbench.validation import fields_at, validated
 
 # What a title does not speak of: how much is run and how it is computed, what is compared, names, and folders.
@@ -87,7 +88,7 @@ def _titled(tree: Tree, over: Mapping[str, str]) -> Tree:
 
 def typed_recipe(tree: Tree) -> Recipe:
     """The typed form of a loaded recipe."""
-    return validated(Recipe, tree, "recipe")
+    return validated(Recipe, tree, "recipe", ())
 
 
 def override(tree: Tree, text: str) -> Tree:
@@ -121,8 +122,22 @@ def put(tree: Tree, dotted_path: str, value: object, where: str) -> Tree:
         ranged = last in Range.model_fields and isinstance(tuned, dict) and isinstance(tuned.get(inner), dict)
         path = ("tune", inner, last) if path[0] == "tune" and ranged else (path[0], ".".join(path[1:]))
     tree = _without_other_budget(tree, {dotted_path})
-    over = Tree({}, {}).put(path, Tree.of(value, where))
-    return tree.merged(written_out(over, recipe=True))
+    given = Tree({}, {}).put(path, Tree.of(value, where))
+    over = written_out(given, recipe=True)
+    return tree.merged(over, _names(given.data, over.data))
+
+
+def _names(given: object, written: object, path: TreePath = ()) -> set[TreePath]:
+    """Where a recipe gives a name alone, which replaces what it is laid over, also of the same name.
+
+    Args:
+        written: the same with short forms written out.
+    """
+    if not isinstance(written, dict) or isinstance(given, list):
+        return set()
+    if not isinstance(given, dict):
+        return {path}
+    return {name for key in given.keys() & written.keys() for name in _names(given[key], written[key], (*path, key))}
 
 
 def _load_file(file: Path, seen: tuple[Path, ...]) -> Tree:
@@ -132,7 +147,7 @@ def _load_file(file: Path, seen: tuple[Path, ...]) -> Tree:
     if not isinstance(tree.data, dict) or not tree.data:
         hint = "'kdbench cp quickstart my.yaml' writes one to begin with"
         raise UserError("a recipe is a mapping of keys to values", where=str(file), hint=hint)
-    tree = written_out(tree, recipe=True)
+    given, tree = tree, written_out(tree, recipe=True)
     base = Tree({}, {})
     for name in listed(tree.data.get("include", [])):
         if not isinstance(name, str):
@@ -144,7 +159,9 @@ def _load_file(file: Path, seen: tuple[Path, ...]) -> Tree:
         base = base.merged(_load_file(included, (*seen, file.resolve())))
     own = tree.without("include")
     _check_keys(own)
-    return _without_other_budget(base, set(own.data)).merged(own) if base.data else own
+    if not base.data:
+        return own
+    return _without_other_budget(base, set(own.data)).merged(own, _names(given.data, tree.data))
 
 
 def _without_other_budget(tree: Tree, given: set[str]) -> Tree:

@@ -14,7 +14,7 @@ from kdbench.recipe.stages import NAMED_KINDS, check_asked, stage_spec
 from kdbench.recipe.variants import Variant
 from kdbench.registry import Registry, written_out
 from kdbench.tree import Tree
-from kdbench.validation import fields_at, validated
+from kdbench.validation import form_at, validated
 
 # Keys of a method mapping in a recipe that are no parameters of the method.
 _METHOD_KEYS = ("name", "label", "stages")
@@ -28,7 +28,7 @@ def method_spec(variant: Variant, protocol: Tree, registry: Registry) -> tuple[M
     """
     name = variant.tree.data["method"]["name"]
     tree, foreign, label = _changed(variant, registry)
-    card = validated(MethodCard, tree, f"method '{name}'")
+    card = validated(MethodCard, tree, f"method '{name}'", ("method",))
     stages = {
         key: stage_spec(
             stage, tree.at("stages", key), protocol, registry, f"stage '{key}' of method '{name}'", card.modules
@@ -104,18 +104,44 @@ def _paths(said: str | list[str]) -> list[tuple[str, ...]]:
 def _check_parameter(tree: Tree, name: str, path: str, registry: Registry) -> None:
     """A short name must point at a key that exists: of a stage, of a loss term, or an option of what is named there."""
     *parents, last = path.split(".")
-    known: list[str] = []
-    inside: Any = reduce(lambda at, key: at.get(key) if isinstance(at, dict) else None, parents, tree.data)
-    if isinstance(inside, dict) and parents:
-        known = fields_at(MethodCard, tuple(parents)) or list(inside)
-        kinds = NAMED_KINDS | {"predicts": "connectors"}
-        kind = {"losses": "losses", "modules": "connectors"}.get(["", *parents][-2], kinds.get(parents[-1]))
-        if kind is not None:
-            card = registry.card(kind, inside["loss" if kind == "losses" else "name"])
-            known += registry.settable(card)
-    if last not in known:
+    if last not in (known := _keys_at(tree, parents, registry)):
         what = f"the parameter '{name}' points to nothing: {path}"
         raise UserError(what, tree.origin(("parameters", name)), did_you_mean(last, known))
+
+
+def _keys_at(tree: Tree, parents: list[str], registry: Registry) -> dict[str, Any]:
+    """What can be set at a place of a method's card -> its value there."""
+    inside: Any = reduce(lambda at, key: at.get(key) if isinstance(at, dict) else None, parents, tree.data)
+    if not isinstance(inside, dict) or not parents:
+        return {}
+    form = form_at(MethodCard, tuple(parents))
+    found = {key: field.get_default() for key, field in form.model_fields.items()} if form else dict(inside)
+    kinds = NAMED_KINDS | {"predicts": "connectors"}
+    kind = {"losses": "losses", "modules": "connectors"}.get(["", *parents][-2], kinds.get(parents[-1]))
+    if kind is not None:
+        key = "loss" if kind == "losses" else "name"
+        card = registry.card(kind, inside.get(key, ""), tree.origin((*parents, key)))
+        found |= {option.name: option.default for option in registry.settable(card).values()}
+        found |= getattr(card, "args", {})
+    return {key: inside.get(key, value) for key, value in found.items()}
+
+
+def settings_of(name: str, registry: Registry) -> dict[str, tuple[str, Any]]:
+    """What a method's losses take, and what else has a short name: dotted path -> short name (or ""), and value."""
+    tree = registry.tree("methods", name)
+    short = {".".join(path): key for key, said in tree.data.get("parameters", {}).items() for path in _paths(said)}
+    found: dict[str, tuple[str, Any]] = {}
+    for stage, card in tree.data["stages"].items():
+        for term, given in card["losses"].items():
+            at = ["stages", stage, "losses", term]
+            options = registry.settable(registry.card("losses", given["loss"], tree.origin((*at, "loss"))))
+            values = _keys_at(tree, at, registry)
+            found |= {".".join([*at, key]): ("", values[key]) for key in ("weight", *options)}
+    for path, key in short.items():
+        _check_parameter(tree, key, path, registry)
+        *parents, last = path.split(".")
+        found[path] = (key, _keys_at(tree, parents, registry)[last])
+    return found
 
 
 def _of_pair(method: Tree, recipe: dict[str, Any], registry: Registry) -> dict[tuple[str, ...], Tree]:

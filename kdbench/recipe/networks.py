@@ -43,7 +43,8 @@ def model_spec(
 ) -> ModelSpec:
     """A model with the options that stand beside its name, and its card's hook points where none are given."""
     card = registry.card("models", tree.data["name"], tree.origin(("name",)))
-    points: Any = "derived" if card.hooks == "derived" else registry.card("hooks", card.hooks).points
+    where = registry.tree("models", tree.data["name"]).origin(("hooks",))
+    points: Any = "derived" if card.hooks == "derived" else registry.card("hooks", card.hooks, where).points
     spec: ModelSpec = named_spec(
         "models", tree, registry, own=_MODEL_KEYS, hooks=hooks or points, image_size=image_size
     )
@@ -56,7 +57,7 @@ def _start(teacher: str, model: ModelSpec, where: str, registry: Registry) -> We
     if card.weights is None:
         what = f"the teacher '{teacher}' has no weight file (a recipe trains it): no student can start from it"
         raise UserError(what, where)
-    theirs = _teacher_model(registry.tree("teachers", teacher).at("model"), registry)
+    theirs = _teacher_model(registry.tree("teachers", teacher).at("model"), registry, hooks=card.model.hooks)
     if (theirs.name, theirs.options) != (model.name, model.options):
         raise UserError(f"'{teacher}' has the weights of '{theirs.name}', not of '{model.name}'", where=where)
     return weights_spec(teacher, card.weights)
@@ -85,20 +86,22 @@ def teacher_spec(
         return several_teachers(members, tree.origin(("teacher",)))
     if choice.untrained:
         own = registry.card("datasets", tree.data["data"]["name"]).normalization
-        model = _teacher_model(tree.at("teacher", "model"), registry, choice.image_size)
+        model = _teacher_model(tree.at("teacher", "model"), registry, choice.image_size, choice.own_hooks)
         return TeacherSpec(name=model.name, model=model, normalization=choice.normalization or own)
     if choice.name is None:
         return _own_teacher(choice, tree, registry)
     name, where = choice.name, tree.origin(("teacher", "name"))
     card: TeacherCard = registry.card("teachers", name, where)
     data = tree.data["data"]["name"]
-    theirs: DatasetCard = registry.card("datasets", card.data.name)
+    theirs: DatasetCard = registry.card("datasets", card.data.name, registry.tree("teachers", name).origin(("data",)))
     foreign = (card.data.name, theirs.classes) != (data, registry.card("datasets", data).classes)
     if foreign and not card.transfers:
         what = f"the teacher '{name}' was trained on the classes of '{card.data.name}', not of '{data}'"
         raise UserError(what, where, "choose a teacher for this data ('kdbench ls teachers')")
     size = choice.image_size or card.image_size
-    model = _teacher_model(registry.tree("teachers", name).at("model"), registry, size)
+    model = _teacher_model(
+        registry.tree("teachers", name).at("model"), registry, size, choice.hooks or card.model.hooks
+    )
     weights = None if choice.trained else card.weights
     trained_by = None
     if weights is None:
@@ -171,7 +174,7 @@ def _own_teacher(choice: TeacherChoice, tree: Tree, registry: Registry) -> Teach
     size = choice.image_size
     if size is None and choice.classes is None and training is not None and training.image_size != card.image_size:
         size = training.image_size
-    model = _teacher_model(tree.at("teacher", "model"), registry, size)
+    model = _teacher_model(tree.at("teacher", "model"), registry, size, choice.own_hooks)
     return TeacherSpec(
         name=f"{model.name} ({file.name})",
         model=model,
@@ -184,12 +187,14 @@ def _own_teacher(choice: TeacherChoice, tree: Tree, registry: Registry) -> Teach
     )
 
 
-def _teacher_model(tree: Tree, registry: Registry, image_size: int | None = None) -> ModelSpec:
+def _teacher_model(
+    tree: Tree, registry: Registry, image_size: int | None = None, hooks: dict[str, str] | None = None
+) -> ModelSpec:
     for key in ("weights", "entry", "start", "image_size"):
         if key in tree.data:
             hint = f"move '{key}' one level up"
             raise UserError(f"write a teacher's '{key}' next to its 'model', not inside it", tree.origin((key,)), hint)
-    return model_spec(tree, registry, tree.data.get("hooks"), image_size)
+    return model_spec(tree, registry, hooks, image_size)
 
 
 def _existing(weights: str, where: str) -> Path:

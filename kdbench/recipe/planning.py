@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kdbench.errors import UserError, did_you_mean
-from kdbench.files import OWN_FOLDERS
+from kdbench.files import OWN_FOLDERS, SHARE
 from kdbench.reading import LONGEST, plain_name
 from kdbench.recipe.cells import cell_spec
 from kdbench.recipe.choices import TeacherChoice, Tune
@@ -95,14 +95,19 @@ class Plan:
         return list({cell.spec.identity(): cell for cell in every}.values())
 
     def placed(self, error: UserError) -> UserError:
-        """An error of what was built from this plan, with the place in the recipe of the first thing that it quotes.
+        """An error of what was built from this plan, with the place in the recipe of the first thing that it quotes, or
+        that of the user's own loss term that it is about.
 
         Of an optimizer that only a card names, for one, the recipe may give numbers: then it is that of its kind. The
         method and the stage in which it is come last.
         """
-        what = re.sub(r"^method '[^']+'(, stage '[^']+')?: ", "", error.what)
-        quoted, kinds = re.findall(r"'([^']+)'", what), re.findall(r"(\w+) '", what)
-        words = [*quoted, *kinds, *re.findall(r"'([^']+)'", error.what)]
+        # They begin "method 'x', stage 'y': loss 'z' …" or "method 'x': y/z: …".
+        head = re.match(r"method '([^']+)'(?:, stage '([^']+)')?: ", error.what)
+        rest = error.what[head.end() :] if head else error.what
+        term = re.match(r"loss '([^']+)'" if head and head[2] else r"[\w-]+/([\w-]+)", rest)
+        of_card = [f"method '{head[1]}': " + (f"{head[2]}/{term[1]}" if head[2] else term[0])] if head and term else []
+        words = [*re.findall(r"'([^']+)'", rest), *of_card, *re.findall(r"(\w+) '", rest)]
+        words += [word for word in (head.groups() if head else ()) if word]
         where = next((self.origins[word] for word in words if word in self.origins), None)
         return UserError(error.what, error.where or where, error.hint)
 
@@ -129,18 +134,19 @@ def plan(
     seeds = list(range(min(base.seeds, MOST_CELLS))) if isinstance(base.seeds, int) else base.seeds
     if not seeds or len(set(seeds)) != len(seeds):
         raise UserError("'seeds' needs at least one seed, and each only once", where=tree.origin(("seeds",)))
-    cells: dict[str, PlannedCell] = {}
     # A method's keys that the recipe gives for all methods must mean something to one of them, and so must what it
     # compares.
     unused = {key: tree.origin(("method", key)) for key in base.method if "method" in base.compare and key != "name"}
     idle = {path: tree.origin(("compare", path)) for path in base.compare}
     trained = functools.partial(_teacher_cell, registry)
     tuning = Tuning(base.tune, tree) if base.tune is not None else None
-    candidates: dict[int, list[Candidate]] = {}
-    seen: dict[str, str] = {}
+    cells, candidates = dict[str, PlannedCell](), dict[int, list[Candidate]]()
+    seen, origins = dict[str, str](), _words(tree)
 
     def resolved(variant: Variant) -> tuple[CellSpec, set[str]]:
-        return cell_spec(variant, seeds[0], registry, trained, weights_must_exist)
+        spec, foreign, method = cell_spec(variant, seeds[0], registry, trained, weights_must_exist)
+        origins.update(_terms(spec, method))
+        return spec, foreign
 
     for order, variant in enumerate(variants(base, tree)):
         first, foreign = resolved(variant)
@@ -161,11 +167,11 @@ def plan(
         raise UserError(f"no method of this comparison has '{key}'", where=where, hint=did_you_mean(key, known))
     _check_names(cells.values(), tree)
     name = run_name(str(recipe)) if not isinstance(recipe, dict) else "recipe"
-    data = {part.name for cell in cells.values() for part in cell.spec.domains}
-    notes = [note for part in sorted(data) for note in registry.notes.get(part, ())]
     planned = list(cells.values())
+    data = {part.name for cell in planned for part in cell.spec.domains}
+    notes = [note for part in sorted(data) for note in registry.notes.get(part, ())]
     baseline = _baseline(base.baseline, planned, tree)
-    return Plan(name, base.title, planned, baseline, tree.data, notes, candidates, base.tune, _words(tree))
+    return Plan(name, base.title, planned, baseline, tree.data, notes, candidates, base.tune, origins)
 
 
 def _baseline(asked: str | None, cells: list[PlannedCell], tree: Tree) -> str:
@@ -222,6 +228,18 @@ def _tried(cell: PlannedCell, setting: dict[str, Any], seed: int, tuning: Tuning
         "seed": seed,
     }
     return PlannedCell(spec.model_copy(update=changes), cell.axes, cell.order)
+
+
+def _terms(spec: CellSpec, method: Tree) -> dict[str, str]:
+    """How errors of a method's loss terms begin -> where its author wrote the connector, or the term. Shipped cards are
+    right: there the recipe must have named what does not fit."""
+    found: dict[str, str] = {}
+    for stage, name, _ in spec.method.named_terms:
+        path = ("stages", stage, "losses", name)
+        where = method.origins.get((*path, "connector")) or method.origin(path)
+        if not Path(where.rpartition(":")[0]).resolve().is_relative_to(SHARE.resolve() / "registry"):
+            found[f"method '{spec.method.name}': {stage}/{name}"] = where
+    return found
 
 
 def _words(tree: Tree) -> dict[str, str]:

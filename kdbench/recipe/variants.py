@@ -14,8 +14,6 @@ from kdbench.tree import Tree
 
 # Cells of one recipe, at most.
 MOST_CELLS = 10_000
-# Keys of a recipe that are no part of a single cell.
-_NOT_COMPARED = ("compare", "tune", "seeds", "title", "baseline")
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ def variants(recipe: Recipe, tree: Tree) -> Iterator[Variant]:
     Raises:
         UserError: a path that no recipe has, one without values, no method, or a method beside the compared ones.
     """
-    known = [key for key in Recipe.model_fields if key not in _NOT_COMPARED]
+    known = [key for key in Recipe.model_fields if key not in Recipe.not_compared]
     for path, values in recipe.compare.items():
         where = tree.origin(("compare", path))
         first = path.split(".")[0]
@@ -83,7 +81,8 @@ def _variant(tree: Tree, combination: dict[str, Any]) -> Variant:
         tree = Tree({**tree.data, "method": for_all}, tree.origins).merged(given)
         extra = [f"{k} {v}" for k, v in method.items() if k not in ("name", "label", "stages")]
         axes["method"] = method.get("label") or ", ".join([method["name"], *extra])
-    for path, value in combination.items():
+    # A name alone replaces what other paths say of its options.
+    for path, value in sorted(combination.items(), key=lambda pair: pair[0].count(".")):
         if path != "method":
             tree = put(tree, path, value, tree.origin(("compare", path)))
             shared |= {path.split(".")[1]} if path.startswith("method.") else set()

@@ -323,10 +323,15 @@ def test_images_too_small_are_said(name: str, size: int) -> None:
         derived(name, size).shapes((3, size, size))
 
 
-def test_a_network_without_stages_is_said() -> None:
+def test_a_network_without_stages_has_what_can_be_found() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
-    with pytest.raises(UserError, match="no stages could be found in model 'net'"):
-        places(model, "derived", "net", (3, 2, 2))
+    found = places(model, "derived", "net", (3, 2, 2))
+    assert {point: str(place) for point, place in found.items()} == {"pooled": "input(1)"}
+    for point in ("layers", "layer1"):
+        with pytest.raises(
+            UserError, match=rf"'net' has no hook points? '{point}'\n.*pooled.*no layers.*hooks: {{layer1:"
+        ):
+            expand([point], [*found, "logits"], "net")
 
 
 class Small(nn.Module):

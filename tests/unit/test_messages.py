@@ -106,6 +106,24 @@ def written(folder: Path, more: str) -> str:
             "too few for this choice\n  'per_class' can be 119 at most",
         ),
         ('method: kd\ntitle: "a\\u001b[31m"', 7, r"a text contains the character"),
+        *(
+            (f"method: kd\n{more}", 7 if more.startswith("evaluations") else 6, f"one thing, not a list\n  {hint}")
+            for more, hint in (
+                ("data: {name: digits, fraction: [0.1, 1.0]}", "to compare several: 'compare: {data.fraction: […]}'"),
+                ("evaluations: [1, 2]", "to compare several: 'compare: {evaluations: […]}'"),
+                ("protocol: [crd, digits]", "to compare several: 'compare: {protocol: […]}'"),
+                (
+                    "protocol: {name: digits, optimizer: [sgd, adam]}",
+                    "to compare several: 'compare: {protocol.optimizer: […]}'",
+                ),
+            )
+        ),
+        ("method: [ce, kd]", 6, "to compare several: 'compare: {method: […]}'"),
+        ("method: {name: kd, temperature: [1, 2]}", 6, "to compare several, list them under 'compare'"),
+        ("method: kd\ntitle: [a, b]", 7, "one thing, not a list\n  input should be a valid string"),
+        ("method: kd\nseeds: [1, 1.5]", 7, "'seeds.1' cannot be 1.5"),
+        ("method: kd\nteacher: [wrn_16_2_digits]", 6, "to compare teachers: 'compare: {teacher: […]}'"),
+        ("method: kd\nteacher: {model: {name: wrn_10_1, hooks: 3}, weights: w.pt}", 6, "'teacher.model.hooks' cannot"),
     ],
 )
 def test_mistakes_are_told_with_their_line_and_a_way_out(more: str, line: int, said: str, tmp_path: Path) -> None:
@@ -140,6 +158,89 @@ def test_what_is_left_to_a_stage_and_where_a_teachers_recipe_lies_is_told(tmp_pa
             plan(written(tmp_path, more), own)
     with pytest.raises(UserError, match=r"there is no recipe file 'abwrn.yaml'\n  did you mean 'ab_wrn'"):
         plan("abwrn.yaml", REGISTRY)
+
+
+CARDS = """models:
+  one: {target: "own:Flat", hooks: nohook}
+  two: {target: "own:Flat"}
+  three: {target: "own:Flat", width: 3}
+connectors:
+  bridge: {target: "own:Bridge"}
+losses:
+  far: {target: "own:far", args: {power: 3.0}}
+  near: {target: "own:far"}
+teachers:
+  of_no_data: {model: wrn_16_2, data: nodata, recipe: quickstart}
+  of_no_hooks: {model: {name: wrn_16_2, hooks: wrn}, data: digits, recipe: quickstart}
+methods:
+  bent:
+    title: bent
+    stages:
+      - name: training
+        trains: [student, connectors]
+        losses:
+          ce: {loss: cross_entropy}
+          near: {loss: near, hook: layer2, connector: bridge}
+  far: {title: far, stages: [{name: training, losses: {far: {loss: far}}}]}
+  lost:
+    title: lost
+    parameters: {temperature: stages.training.losses.far.temperature}
+    stages: [{name: training, losses: {far: {loss: nowhere}}}]
+  alone: {title: alone, stages: [{name: training, losses: {it: {loss: near, hook: layer2}}}]}
+"""
+CODE = """from torch import nn
+
+
+def far(student, teacher, *, power: float = 2.0):
+    return (student - teacher).abs().pow(power).mean()
+
+
+def Bridge(student_shape, teacher_shape):
+    raise RuntimeError("no bridge")
+
+
+class Flat(nn.Sequential):
+    def __init__(self, *, classes, channels, image_size, width: int = 4):
+        pixels = channels * image_size**2
+        super().__init__(nn.Flatten(), nn.Linear(pixels, width), nn.ReLU(), nn.Linear(width, classes))
+"""
+
+
+@pytest.mark.parametrize(
+    ("more", "line", "said"),
+    [
+        ("method: ce\nstudent: one", 2, "unknown hooks 'nohook'"),
+        ("method: ce\nstudent: three", 4, "unknown key 'width'\n.*Options of its target stand under 'args'"),
+        ("method: bent", 21, "method 'bent': training/near: .*connector 'bridge' cannot bridge"),
+        ("method: far", 8, "unknown key 'args'\n.*stand where a method names it: '{loss: KEY"),
+        ("method: kd\nteacher: of_no_data", 11, "unknown data set 'nodata'"),
+        ("method: kd\nteacher: of_no_hooks", 12, "'model.hooks' cannot be 'wrn'\n  write a mapping"),
+        ("method: alone", 27, "method 'alone', stage 'training': loss 'it' .*cannot be computed"),
+        ("method: lost", 26, "unknown loss 'nowhere'"),
+        ("method: at\nstudent: two", 0, "'two' has no hook points 'layers'\n.*'student: {name: MODEL, hooks: {layer1:"),
+        ("method: kd\nstudent: two", 0, ""),
+    ],
+)
+def test_what_is_wrong_on_a_card_is_told_with_its_line(more: str, line: int, said: str, tmp_path: Path) -> None:
+    name = f"own_{tmp_path.name.strip('_').replace('-', '_')}"
+    (tmp_path / "cards.yaml").write_text(CARDS.replace("own:", f"{name}:"))
+    (tmp_path / f"{name}.py").write_text(CODE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.path", [*sys.path])
+        own = Registry([tmp_path])
+
+        def checked() -> None:
+            planned = plan(written(tmp_path, more), own)
+            try:
+                check_cell(planned.cells[0].spec)
+            except UserError as error:
+                raise planned.placed(error) from None
+
+        if not said:
+            return checked()
+        with pytest.raises(UserError, match=said) as error:
+            checked()
+    assert not line or str(error.value.where).endswith(f"cards.yaml:{line}"), error.value
 
 
 @pytest.mark.parametrize(

@@ -663,12 +663,32 @@ def test_every_variable_that_is_read_is_documented(monkeypatch: pytest.MonkeyPat
     ("model", "said"),
     [
         ("wrn_16_2", "hook points: stem, layer1, layer1.preact, layer2, layer2.preact, layer3, layer3.preact, pooled"),
+        ("wrn_16_2", "depth int 16 width int 2 hook points"),
+        ("wrn_16_2", "hooks: {stem: conv1, layer1: block1, layer1.preact: block2.0.bn1, "),
         ("timm:resnet18", "hook points: stem, layer1, layer1.preact, layer2, "),
+        ("torchvision:mobilenet_v3_small", "layer5: features.12, pooled: input(classifier.3)}"),
     ],
 )
-def test_a_models_hook_points_are_shown(model: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: Said) -> None:
+def test_a_models_hook_points_and_options_are_shown(
+    model: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: Said
+) -> None:
     assert called(monkeypatch, "show", "models", model) == 0
-    assert said in capsys.readouterr().out
+    assert said in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("kd", "stages.classification.losses.kd.temperature 4.0 method.temperature"),
+        ("kd", "stages.classification.losses.kd.scale True"),
+        ("kd", "stages.classification.losses.ce.weight 0.1 method.gamma"),
+        ("rco", "stages.route.anchors.n 4 method.n"),
+        ("hnd", "modules.bottleneck.width 12 method.width"),
+    ],
+)
+def test_a_methods_settings_are_shown(method: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: Said) -> None:
+    assert called(monkeypatch, "show", "methods", method) == 0
+    assert said in " ".join(capsys.readouterr().out.split())
 
 
 def test_who_waits_for_a_lock_is_told(tmp_path: Path) -> None:

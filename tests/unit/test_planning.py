@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from shipped import DIGITS, REGISTRY
 
 from kdbench.cli import cp
@@ -82,6 +83,49 @@ def test_a_cell_is_called_by_its_values_in_words() -> None:
 def test_an_override_replaces_what_was_compared() -> None:
     cells = planned("method=kd", compare={"method": ["ce", "kd", "ab"]}).cells
     assert [c.spec.method.name for c in cells] == ["kd"]
+
+
+def test_a_name_alone_replaces_the_options_beside_the_same_name(tmp_path: Path) -> None:
+    said = {
+        "data": {"name": "digits", "per_class": 10},
+        "teacher": {"name": "wrn_16_2_digits", "trained": True},
+        "student": {"name": "wrn_10_1", "image_size": 16},
+        "protocol": {"name": "digits", "batch_size": 7, "optimizer": {"name": "sgd", "lr": 0.3}},
+        "compute": {"precision": "bfloat16"},
+        "method": {"name": "kd", "temperature": 2.0},
+    }
+    for key, given in said.items():
+        word = "reference" if key == "compute" else given["name"]
+        alone = {"mode" if key == "compute" else "name": word}
+        assert load(said, (f"{key}={word}",)).data == said | {key: alone}
+        (tmp_path / "base.yaml").write_text(yaml.safe_dump(said))
+        (tmp_path / "own.yaml").write_text(f"include: base.yaml\n{key}: {word}\n")
+        assert load(tmp_path / "own.yaml").data == said | {key: alone}
+        # A mapping is laid over one of the same name, and so is a dotted key.
+        assert load(said, (f"{key}={{name: {word}, x: 1}}",)).data[key] == {**given, "name": word, "x": 1}
+    assert load(said, ("protocol.optimizer=sgd",)).data["protocol"]["optimizer"] == {"name": "sgd"}
+    assert load(said | {"method": {"temperature": 2.0}}, ("method=kd",)).data["method"]["temperature"] == 2.0
+    # A compared name too, whichever path is compared first.
+    for compare in ({"data": ["digits"], "data.fraction": [0.5]}, {"data.fraction": [0.5], "data": ["digits"]}):
+        data = planned(data=said["data"], method="ce", compare=compare).cells[0].spec.data
+        assert (data.per_class, data.fraction) == (None, 0.5)
+
+
+def test_hook_points_that_a_recipe_names_stand_in_place_of_the_networks_own() -> None:
+    hooks = {"layer1": "block1", "layer2": "block2", "layer3": "block3"}
+    network = {"weights": __file__, "model": "torchvision:resnet18"}
+    beside = one(method="at", teacher={**network, "hooks": {layer: layer for layer in hooks}})
+    inside = {"name": "torchvision:resnet18", "hooks": {layer: layer for layer in hooks}}
+    assert beside == one(method="at", teacher={**network, "model": inside})
+    card = one(method="at", teacher={"name": "wrn_16_2_digits", "hooks": hooks}).teacher
+    assert card is not None and card.model.hooks == hooks
+    with pytest.raises(UserError, match="'hooks' are given twice"):
+        one(method="at", teacher={**network, "model": inside, "hooks": hooks})
+    for side, given in (("student", {"name": "wrn_10_1"}), ("teacher", {"name": "wrn_16_2_digits"})):
+        with pytest.raises(
+            UserError, match=r"no hook point 'pooled'\n.*in place of all of its own: name 'pooled' there"
+        ):
+            one(method="crd", **{side: given | {"hooks": hooks}})
 
 
 @pytest.mark.parametrize(

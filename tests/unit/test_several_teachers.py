@@ -69,7 +69,7 @@ def test_a_list_replaces_one_teacher_and_one_a_list() -> None:
 @pytest.mark.parametrize(
     ("teacher", "method", "message"),
     [
-        (BOTH[:1], "kd", "at least 2"),
+        (BOTH[:1], "kd", "has two or more"),
         ([BOTH[0], {"model": "wrn_10_1", "untrained": True}], "kd", "begins untrained"),
         ([BOTH[0], "wrn_16_2_digits_0_to_4"], "kd", "does not know all classes"),
         ([BOTH[0], "wrn_16_2_digit"], "kd", "unknown teacher 'wrn_16_2_digit'"),
