@@ -26,7 +26,8 @@ def markdown(table: Table) -> str:
 
 
 def latex(table: Table, form: LatexForm = "page", label: str | None = None) -> str:
-    """LaTeX that compiles as it stands: every grid as a table of its own, then what letters and signs in it mean.
+    """LaTeX that compiles as it stands: every grid as a table of its own, then what letters and signs in it mean, and
+    warnings.
 
     All other notes are in a macro: an author takes them or leaves them.
 
@@ -37,10 +38,10 @@ def latex(table: Table, form: LatexForm = "page", label: str | None = None) -> s
     grids = list(for_page(layout(table), form))
     label = label or label_of(title)
     grids[0] = replace(grids[0], caption=f"{grids[0].caption}. {in_short(table)}")
-    signs = [note for note in table.notes if note.mark or note.text.startswith(SIGNS)]
-    notes = [note for note in table.notes if note not in signs]
+    needed = [note for note in table.notes if note.mark or note.warning or note.text.startswith(SIGNS)]
+    notes = [note for note in table.notes if note not in needed]
     values = {"title": title, "label": label, "grids": grids, "form": form, "float_rows": ROWS}
-    return rendered("table.tex", signs=signs, notes=notes, **values)
+    return rendered("table.tex", needed=needed, notes=notes, **values)
 
 
 def in_short(table: Table) -> str:
