@@ -608,9 +608,9 @@ def test_image_folder_of_ones_own(tmp_path):
 
 def test_image_folder_transposes_to_channels_rows_columns(tmp_path):
     pixels = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
-    for split in ("train", "test"):
-        (tmp_path / "x" / split / "a").mkdir(parents=True)
-        Image.fromarray(pixels).save(tmp_path / "x" / split / "a" / "0.bmp")
+    for place in ("train/a", "train/b", "test/a", "test/b"):
+        (tmp_path / "x" / place).mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / "x" / place / "0.bmp")
     data = folder.load([tmp_path], False, tmp_path / "cache", folder="x")
     assert data.train_images[0].tolist() == pixels.transpose(2, 0, 1).tolist()
 

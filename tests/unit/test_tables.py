@@ -542,7 +542,7 @@ def test_any_metric_that_a_record_holds_is_in_every_form_of_the_table(tmp_path: 
     assert (of_own["map_distance.layer1"], of_own["map_distance.layer2"]) == ("3.25", "0.5")
     assert "Map distance and cost." in latex(table)
     page = html(table, records)
-    assert ">Map distance</h2>" in page and ">map distance</text>" in page
+    assert ">Map distance</h2>" in page and ">map distance ± 1 deviation</text>" in page
     (drawn,) = metric_curves(records, tmp_path)
     assert drawn == tmp_path / "map_distance.png" and drawn.is_file()
 
