@@ -296,6 +296,7 @@ def test_a_copy_of_a_published_cell_is_given_up_where_it_does_not_fit_any_more(
     scene = Scene(tmp_path, planned("seeds=2"), {"digits": OLD}, taken=True)
     scene.finished.adopt(scene.runs / "results" / "run", scene.runs / "run")
     copy = scene.cells[0].folder
+    (copy / "notes.txt").write_text("mine")
     if kept:
         # Published from this very folder: its weights are nowhere else.
         (copy / "student.safetensors").write_bytes(b"weights")
@@ -311,7 +312,11 @@ def test_a_copy_of_a_published_cell_is_given_up_where_it_does_not_fit_any_more(
         assert (copy / "record.json").is_file()
     else:
         compare()
-        assert len(again.open) == 2 and not copy.exists() and f"not taken, {why}" in scene.said[-1]
+        assert (
+            len(again.open) == 2
+            and [file.name for file in copy.iterdir()] == ["notes.txt"]
+            and f"not taken, {why}" in scene.said[-1]
+        )
 
 
 def test_how_published_cells_were_computed_is_told_where_a_run_computes_otherwise(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ class Finished:
 
     A cell of the folder that does not belong to the data or the teacher here is an error: whoever removed it or gave it
     an average with others would lose something or tell something wrong. A published one is left where it is, and its
-    copy, which a run before took into the folder, is removed: nothing is lost by that.
+    copy, which a run before took into the folder, is removed: nothing is lost by that. What else lies there stays.
 
     Args:
         cells: all of the run.
@@ -189,7 +189,10 @@ class Finished:
         left = [number for number in found if number in self.taken or number in self.copies]
         for number in left:
             if number in self.copies:
-                shutil.rmtree(self.copies.pop(number))
+                # The record first: without it the folder counts for nothing, whenever this is killed.
+                for name in (RECORD, *PUBLISHED):
+                    (self.copies[number] / name).unlink(missing_ok=True)
+                del self.copies[number]
                 del self.own[number]
             else:
                 del self.taken[number]
