@@ -166,7 +166,7 @@ def chosen(
     steps: float,
     choice: ComputeChoice | None = None,
     passes: float = 0,
-) -> choosing.Choice:
+) -> Chosen:
     """What is chosen where every way takes as long as said here."""
 
     def measure(computing: Computing, *_: Any) -> MeasuredWay:
