@@ -279,25 +279,24 @@ def _ways(specs: list[dict[str, Any]], machine: Machine) -> list[Lane]:
 
 
 def cells_of(plan: Plan) -> tuple[CellSpec, list[CellSpec]]:
-    """A cell that reads its teacher's logits alone, and all cells of the plan's first seed that could train as one
-    cohort.
+    """The first cell that reads its teacher's logits alone, and all cells that could train as one cohort with it and
+    have its student, so that all cost what it costs.
 
     Raises:
         UserError: there is no such cell.
     """
     specs = [cell.spec for cell in plan.cells]
-    teacher = next((spec.teacher.identity() for spec in specs if spec.teacher), None)
-    cells = [
-        spec
-        for spec in specs
-        if spec.seed == specs[0].seed
-        and spec.data == specs[0].data
-        and (spec.teacher is None or spec.teacher.identity() == teacher)
-    ]
-    logit = next((spec for spec in cells if spec.teacher is not None and _reads(spec) == {"logits"}), None)
+    logit = next((spec for spec in specs if spec.teacher is not None and _reads(spec) == {"logits"}), None)
     if logit is None:
         raise UserError("the benchmark needs a method that reads its teacher's logits alone", where=plan.name)
-    return logit, cells
+
+    def shared(spec: CellSpec) -> tuple[Any, ...]:
+        # A student that starts from its teacher has images that are normalized in another way.
+        protocol = spec.protocol.model_dump(exclude={"normalization"})
+        teacher = (spec.teacher or logit.teacher).identity()  # type: ignore[union-attr]
+        return spec.seed, spec.domains, spec.student, protocol, spec.compute, teacher
+
+    return logit, [spec for spec in specs if shared(spec) == shared(logit)]
 
 
 def _reads(spec: CellSpec) -> set[str]:

@@ -115,9 +115,7 @@ def _check_peers() -> None:
 
 
 def _flops(planned: Plan) -> dict[str, float]:
+    from kdbench.bench.compare import cells_of
     from kdbench.bench.machine import flops_of
 
-    teacher = next((cell.spec for cell in planned.cells if cell.spec.teacher is not None), None)
-    if teacher is None:
-        raise UserError("the benchmark needs a recipe with a teacher", where=planned.name)
-    return flops_of(teacher)
+    return flops_of(cells_of(planned)[0])

@@ -18,7 +18,6 @@ from kdbench.bench.lanes import Lane
 from kdbench.cli.bench import measured_plans
 from kdbench.engine.computing.compute import Computing
 from kdbench.recipe.planning import plan
-from kdbench.recipe.timeline import planned_timeline
 
 RECIPE = """\
 data: cifar10
@@ -86,10 +85,6 @@ def test_what_a_gpu_measures_is_made_of_lanes_that_start_at_once(tmp_path: Path)
     assert set(result.roles) == {"run", "cohort"} and all(len(row.rates) == 2 for row in result.rows)
     assert any("left out" in line and "sleeps" in line for line in said)
     (whole,) = times.values()
-    steps = planned_timeline(cells_of(pairs[0].plan)[0]).total
-    assert whole["run"]["minutes"] == pytest.approx(
-        steps * 2 / result.roles["run"].median / 60 / (1 - whole["run"]["evaluations"])
-    )
     assert 0 < whole["run"]["evaluations"] < 1
     # Round by round, so that who is cut off has what was measured.
     assert len(kept) == 3 and kept[0]["rows"][0]["rows"][0]["images_per_second"]

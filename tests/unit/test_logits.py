@@ -6,6 +6,7 @@ import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,10 @@ from kdbench.engine.member import Member
 from kdbench.engine.teachers import logit_files, logit_table
 from kdbench.engine.teachers.logit_files import LogitTable, table_at
 from kdbench.engine.teachers.teacher import SplitLogits, Teacher
+from kdbench.engine.workers.materials import Materials
 from kdbench.errors import UserError
+from kdbench.image_cards import Mix
+from kdbench.recipe.coded import TargetSpec
 from kdbench.recipe.planning import plan
 from kdbench.recipe.specs import CellSpec
 
@@ -220,6 +224,25 @@ def test_other_batches_budgets_and_seeds_share_a_table() -> None:
         for spec in (cell(), cell(seeds=[3]), cell("ab"), cell(protocol=RECIPE["protocol"] | {"batch_size": 7}))
     }
     assert len(folders) == 1
+
+
+def test_views_that_are_mixed_or_transformed_at_random_have_no_table() -> None:
+    """A table of the crops and mirrors that come before would have their key."""
+    few, data = one_of_each_class(), images(cell().data)
+    assert few.teacher is not None
+    few = few.model_copy(update={"teacher": few.teacher.model_copy(update={"name": "some teacher"})})
+    teacher = teacher_of(few)
+    name = filled(few, data, teacher).folder.name
+    here = SimpleNamespace(data=lambda spec: data, settings=SimpleNamespace(tables=None), device=CPU)
+
+    def served(**more: Any) -> str:
+        changed = few.protocol.augmentation.model_copy(update=more)
+        spec = few.model_copy(update={"protocol": few.protocol.model_copy(update={"augmentation": changed})})
+        return Materials.logits(here, [spec], SimpleNamespace(sha256="ab"), teacher, None)[0]  # type: ignore[arg-type]
+
+    assert served() == name
+    changing = TargetSpec(name="rand_augment", target="kdbench.data.transforms:rand_augment", options={})
+    assert served(mix=Mix(mixup=0.2)) == served(transforms=[changing]) == ""
 
 
 def test_a_table_that_is_not_what_the_teacher_gives_is_an_error() -> None:

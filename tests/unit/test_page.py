@@ -134,6 +134,8 @@ def test_records_without_metrics_have_no_curve_and_the_page_says_so(tmp_path: Pa
     text = html(build(records), records)
     assert "No metrics.jsonl beside the record of 1 of 9 cells." in text
     assert charts_of(text) == ["whole run", "last quarter", "layer1.preact", *COSTS]
+    (curves,) = re.findall(r'<svg class="chart".*?</svg>', text, flags=re.DOTALL)[:1]
+    assert ">KD</text>" in curves, "of its other seeds"
     bare = html(build(comparison(VALUES)), comparison(VALUES))
     assert "beside the record of 9 of 9 cells" in bare and charts_of(bare) == COSTS
     Page(bare)

@@ -417,3 +417,14 @@ def test_the_last_quarter_holds_bands_of_one_deviation_and_methods_that_end_a_li
     # Two of its evaluations are in the quarter.
     found = last_quarter(curves | {short: (epochs[:10], seeds.repeat(10, axis=1))})
     assert found is not None and found.before == ()
+
+
+@pytest.mark.parametrize(("last", "bottom", "below"), [(79.0, 79.0, ()), (77.1, 78.0, ()), (77.0, 78.0, ("last",))])
+def test_who_ends_three_times_as_far_below_the_median_as_the_best_is_above_it_is_left_out(
+    last: float, bottom: float, below: tuple[str, ...]
+) -> None:
+    """The best is 4 above the median of 90, so the part ends at 78, and 6 % of its height below that."""
+    epochs, ends = np.arange(0, 101, 10.0), {"best": 94.0, "a": 90.0, "b": 90.0, "c": 90.0, "last": last}
+    found = last_quarter({Row(name, name): (epochs, np.full((1, 11), value)) for name, value in ends.items()})
+    assert found is not None and found.below == below
+    assert found.values == pytest.approx((bottom - 0.06 * (94 - bottom), 94 + 0.06 * (94 - bottom)))

@@ -9,6 +9,7 @@ import json
 import math
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,6 +36,7 @@ from kdbench.recipe import route
 from kdbench.recipe.planning import plan
 from kdbench.recipe.specs import CellSpec
 from kdbench.recipe.timeline import planned_timeline
+from kdbench.verify.soundness import _route
 
 RECIPE: dict[str, Any] = {
     "data": {"name": "digits", "validation": 100},
@@ -80,6 +82,28 @@ def test_a_route_is_even_and_ends_with_the_last_step() -> None:
 )
 def test_equal_intervals_by_hand(checkpoints: int, n: int, by_hand: list[int]) -> None:
     assert [route.equal(checkpoints, n, at) for at in range(n)] == by_hand
+
+
+def test_checkpoints_that_do_not_follow_from_a_records_recipe_are_told() -> None:
+    """Its own at a quarter, a half, … of 600 steps; of its teacher's twenty, which lie 30 steps apart, the anchors."""
+
+    def told(method: str, anchors: list[int], own: tuple[int, ...] = (150, 300, 450, 600), off: int = 0) -> list[str]:
+        # The second anchor is the first checkpoint above 1.8 times the first's divergence, and the third goes on.
+        seen = {1: [1.0, 1.7, 1.9, *[5.0] * 17], 2: [9.0, 9.0, 1.0, 1.7, 1.8, 1.9, *[9.0] * 14]}
+        found = [
+            SimpleNamespace(stage=f"route_{n + 1}", checkpoint=at, step=30 * (at + 1) + off, divergences=seen.get(n))
+            for n, at in enumerate(anchors)
+        ]
+        kept, budget = [SimpleNamespace(step=step) for step in own], SimpleNamespace(steps=600)
+        record = SimpleNamespace(route=kept, budget=budget, anchors=found)
+        return [what.split(" is ")[0] for what in _route(record, cell(method, route=4))]  # type: ignore[arg-type]
+
+    assert told("rco", [4, 9, 14, 19]) == told("rco_greedy", [0, 2, 5, 19]) == []
+    assert told("rco", [4, 9, 14, 19], (150, 300, 600)) == ["route"]
+    assert told("rco", [4, 9, 14]) == ["anchors"]
+    assert told("rco", [4, 8, 14, 19]) == ["the anchor of route_2"]
+    assert told("rco_greedy", [0, 2, 4, 18]) == ["the anchor of route_3", "the anchor of route_4"]
+    assert told("rco", [4, 9, 14, 19], off=1) == [f"the anchor of route_{n}" for n in (1, 2, 3, 4)]
 
 
 def naive(student: list[list[float]], checkpoints: list[list[list[float]]], present: int, delta: float) -> Any:

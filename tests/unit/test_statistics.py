@@ -84,6 +84,12 @@ def test_differences_without_spread_have_no_test(values: tuple[float, float, flo
     assert found.mean == pytest.approx(0.1, abs=1e-4)
 
 
+def test_one_image_of_50000_is_a_spread() -> None:
+    found = statistics.paired(seeds(90.1, 90.102), seeds(90.0, 90.0))
+    # The mean is 0.101 and its error 0.001.
+    assert found is not None and found.p == pytest.approx(1 - 2 / math.pi * math.atan(101), rel=1e-6)
+
+
 def test_interval_covers_as_often_as_it_says_and_pairing_matters() -> None:
     draws = np.random.default_rng(0)
     runs, hits, widths, unpaired = 4000, 0, 0.0, 0.0
