@@ -2,11 +2,13 @@
 
 import difflib
 import inspect
+import math
 import os
 import re
 import sysconfig
 import traceback
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 # Folders of code that is nobody's own: kdbench's, Python's, and installed packages.
@@ -67,6 +69,19 @@ def counted(number: float, thing: str, form: str = "") -> str:
     """'1 cell', '2 cells', '3 classes': a number, in this form, with the thing that it counts."""
     ending = "es" if thing.endswith(("s", "x", "tch")) else "s"
     return f"{number:{form}} {thing}{'' if number == 1 else ending}"
+
+
+def number_meant(text: str) -> str:
+    """How to write the number that a text seems to mean."""
+    for meant, said in (
+        (text, "write a number without quotes"),
+        (text.replace(",", ""), "write a number without commas, with a decimal point"),
+        (text.removesuffix("%"), "write a number without %"),
+    ):
+        with suppress(ValueError):
+            if math.isfinite(float(meant)):
+                return said
+    return "write a number"
 
 
 def listed(words: Sequence[str], most: int) -> str:

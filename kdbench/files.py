@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from kdbench.errors import CellError, UserError, shortened
 
@@ -245,6 +245,27 @@ def atomic(file: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+# What file systems say that know no locks, as some of clusters.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
+
+
+def _acquire(held: BaseFileLock, wait: float, otherwise: UserError, waiting: Callable[[], None]) -> None:
+    """Take a lock, as `locked` says."""
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        waiting()
+        try:
+            held.acquire(timeout=wait)
+        except Timeout:
+            if not isinstance(held, SoftFileLock):
+                raise otherwise from None
+            # Nobody gives such a lock back for who was killed on another machine.
+            advice = f"if nothing works there any more, remove {held.lock_file}"
+            hint = f"{otherwise.hint}; {advice}" if otherwise.hint else advice
+            raise UserError(otherwise.what, otherwise.where, hint) from None
+
+
 @contextmanager
 def locked(lock: Path, wait: float, otherwise: UserError, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Hold a lock file against other processes for as long as the block lasts.
@@ -255,15 +276,15 @@ def locked(lock: Path, wait: float, otherwise: UserError, waiting: Callable[[], 
         waiting: called where there is something to wait for.
     """
     lock.parent.mkdir(parents=True, exist_ok=True)
-    held = FileLock(lock)
+    held: BaseFileLock = FileLock(lock)
     try:
-        held.acquire(timeout=0)
-    except Timeout:
-        waiting()
-        try:
-            held.acquire(timeout=wait)
-        except Timeout:
-            raise otherwise from None
+        _acquire(held, wait, otherwise, waiting)
+    except (OSError, NotImplementedError) as error:
+        if getattr(error, "errno", errno.ENOSYS) not in _NO_LOCKS:
+            raise
+        # Under another name: the file of a lock that was given back stays, and would count as held.
+        held = SoftFileLock(f"{lock}ed")
+        _acquire(held, wait, otherwise, waiting)
     try:
         yield
     finally:

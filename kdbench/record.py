@@ -315,6 +315,17 @@ def unfinished(paths: str | Path | Iterable[str | Path]) -> list[Path]:
     return sorted(cell for cell in cells if not (cell / RECORD).is_file())
 
 
+def left_out(paths: Iterable[str | Path]) -> dict[Path, int]:
+    """Runs among the given folders -> how many finished cells lie there that their last plan did not have."""
+    plans = {run: read_run(run).cells for run in paths_of(paths) if (run / RUN).is_file()}
+    others = {
+        run: sum(file.parent.name not in cells for file in run.glob(f"*-seed*/{RECORD}"))
+        for run, cells in plans.items()
+        if cells is not None
+    }
+    return {run: number for run, number in others.items() if number}
+
+
 def failures(cells: Iterable[str | Path]) -> dict[str, str | None]:
     """Folder name of each cell without a record, sorted -> what its run says of why it failed; None where it does not.
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from kdbench.errors import UserError, did_you_mean
+from kdbench.errors import UserError, did_you_mean, number_meant
 
 REQUIRED = object()
 
@@ -183,7 +183,7 @@ def _typed(value: Any, parameter: Parameter, where: str, what: str) -> Any:
     except (ValidationError, TypeError):
         hint = f"it must be {parameter.annotation}"
         if isinstance(value, str) and parameter.type in (int, float):
-            hint += "; write a number without quotes"
+            hint += f"; {number_meant(value)}"
         if isinstance(value, list) and not re.search(r"\b(list|tuple)\b", parameter.annotation):
             hint += "; to compare several, list them under 'compare'"
         if "str" in parameter.annotation and isinstance(value, int | float | list):

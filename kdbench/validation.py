@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from kdbench.errors import UserError, did_you_mean, shortened
+from kdbench.errors import UserError, did_you_mean, number_meant, shortened
 from kdbench.tree import Path, Tree, dotted
 
 M = TypeVar("M", bound=BaseModel)
@@ -78,9 +78,11 @@ def _explain(model: type[BaseModel], finding: Any, loc: Path, within: Path | Non
     place = f"'{dotted(loc)}' " if loc else ""
     shown = str(value) if isinstance(value, date) else shortened(value)
     if isinstance(value, str) and ("number" in message or "integer" in message):
-        return f"{place}cannot be the text {shortened(value)}", f"{message}; write a number without quotes"
+        return f"{place}cannot be the text {shortened(value)}", f"{message}; {number_meant(value)}"
     if isinstance(value, list) and kind in _NO_LIST:
         return f"{place}is one thing, not a list", _several(model, loc, within) or message
+    if kind == "list_type" and loc:
+        return f"{place}needs a list", f"write brackets: {loc[-1]}=[A, B] or '{loc[-1]}: [A, B]'"
     if kind == "model_type":
         keys = fields_at(model, loc)
         hint = f"it has the keys {', '.join(keys)}" if keys else message

@@ -10,8 +10,8 @@ import typer
 
 from kdbench.cli.options import RegistryOption
 from kdbench.cli.output import print_table
-from kdbench.errors import UserError
-from kdbench.record import Metric, read_records, unfinished
+from kdbench.errors import UserError, counted
+from kdbench.record import Metric, left_out, read_records, unfinished
 from kdbench.verify import sums
 
 EXAMPLES = """
@@ -75,3 +75,8 @@ def command(
     if out is not None:
         sums.renew(out, write_files(table, out, records, latex, label))
     print_table(table)
+    for run, number in left_out(folders).items():
+        print(
+            f"{run} holds {counted(number, 'more finished cell')}, not of its last command and not in this table: "
+            "'kdbench run' with all methods and seeds makes a table of all"
+        )

@@ -118,6 +118,18 @@ def test_a_teacher_that_was_called_otherwise_is_the_same(runs: Path) -> None:
     assert (named.teacher.name, named.cell.teacher) == ("wrn_16_2_digits", "wrn_16_2_digits")
 
 
+def test_a_table_tells_what_lies_beside_its_cells(runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: Said) -> None:
+    run = runs / "quickstart"
+    shutil.copytree(run / CELLS[0], run / "teacher")
+    assert called(monkeypatch, "table", run) == 0
+    assert f"{run} holds 1 more finished cell, not of its last command" in capsys.readouterr().out
+    about = json.loads((run / "recipe.json").read_text())
+    about["cells"] = sorted(cell.name for cell in run.glob("*-seed*"))
+    (run / "recipe.json").write_text(json.dumps(about))
+    assert called(monkeypatch, "table", run) == 0
+    assert "not of its last command" not in capsys.readouterr().out
+
+
 def test_a_folder_of_runs_is_its_cells_alone(runs: Path) -> None:
     """Neither trials, nor teachers, nor cells of an earlier plan stand beside them."""
     shutil.copytree(runs / "quickstart" / CELLS[0], runs / f"quickstart{TRIALS}" / "ce-seed100-dd220819")
@@ -700,6 +712,34 @@ def test_who_waits_for_a_lock_is_told(tmp_path: Path) -> None:
     ):
         pass
     assert told == ["second"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+@pytest.mark.filterwarnings("ignore:flock not supported")
+def test_a_file_system_without_locks_has_files_in_their_place(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_lock(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", no_lock)
+    with locked_run(tmp_path), pytest.raises(UserError, match="another run works in") as other, locked_run(tmp_path, 0):
+        pass
+    left = Path(re.findall(r"wait for it, stop it, .* remove (.*)", str(other.value))[0])
+    assert left.parent == tmp_path and not left.exists()
+    # As a run leaves it that was killed on another machine.
+    left.write_text("1\nanother-machine\n1\n", encoding="utf-8")
+    with pytest.raises(UserError, match=re.escape(f"remove {left}")), locked_run(tmp_path, 0):
+        pass
+    left.unlink()
+    with locked_run(tmp_path):
+        pass
+
+
+def test_all_locks_are_taken_in_one_way() -> None:
+    """There it is known what to do on a file system without locks."""
+    files = [file for file in (ROOT / "kdbench").rglob("*.py") if "filelock" in file.read_text(encoding="utf-8")]
+    assert files == [ROOT / "kdbench" / "files.py"]
 
 
 def test_nobody_is_told_to_remove_what_only_cannot_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

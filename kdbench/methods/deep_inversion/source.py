@@ -13,11 +13,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from kdbench.engine.inputs import Cost, SourceContext, SourceStep
 from kdbench.errors import CellError, UserError, counted
+from kdbench.files import locked
 from kdbench.methods.deep_inversion.inversion import BatchDraws, Inversion, Synthesized, labels_in_turn, synthesize
 from kdbench.methods.deep_inversion.made import SIDE, MadeImages
 from kdbench.methods.deep_inversion.pool import FOLDER, HALF, PooledImages, left_of, mean_terms
@@ -76,7 +76,7 @@ class SynthesizedImages(PooledImages):
         assert source.pool is not None
         source.pool.folder.mkdir(parents=True, exist_ok=True)
         # Sources that differ only in what they add want the same pool, at the same time.
-        with FileLock(source.pool.folder / ".lock"):
+        with locked(source.pool.folder / ".lock", -1, UserError("another run makes these images")):
             source.fill(source.pool, tell, stopping)
 
     def fill(self, pool: MadeImages, tell: Callable[[str], None], stopping: Callable[[], bool]) -> None:
