@@ -14,7 +14,7 @@ from kdbench.engine.targets import code_of
 from kdbench.errors import UserError
 from kdbench.models.hooks import Extractor
 from kdbench.models.neighbours import batch_norm_before, classifier
-from kdbench.models.points import expand
+from kdbench.models.points import OF_TOKENS, expand
 from kdbench.models.tails import Tail
 from kdbench.recipe.method_specs import ModuleSpec
 from kdbench.recipe.specs import CellSpec
@@ -111,7 +111,8 @@ def build_module(
             told = {name: tell(name) for name in asked(spec.target, called=False)}
         except UserError as error:
             raise UserError(f"{what}: {error.what}", hint=error.hint) from None
-        return made(spec, what, None, **given, **told)
+        tokens = any(len(shape) == 2 for shape in given.values())
+        return made(spec, what, OF_TOKENS if tokens else None, **given, **told)
 
 
 def said_of(modules: Mapping[str, nn.Module]) -> dict[str, Any]:

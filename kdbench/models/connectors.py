@@ -11,6 +11,7 @@ import math
 from torch import nn
 
 from kdbench.errors import UserError
+from kdbench.models.points import OF_TOKENS
 
 Shape = tuple[int, ...]
 
@@ -106,7 +107,7 @@ def _check_kinds(student_shape: Shape, teacher_shape: Shape) -> None:
             raise UserError(
                 f"the {whose}'s feature is a sequence of tokens {shape}; connectors here take maps "
                 "(C, H, W) and vectors (C,)",
-                hint="choose a hook point such as 'pooled'",
+                hint=OF_TOKENS,
             )
         if len(shape) not in (1, 3):
             raise UserError(f"the {whose}'s feature {shape} is neither a map (C, H, W) nor a vector (C,)")

@@ -5,6 +5,7 @@ import functools
 import importlib
 import inspect
 import re
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -33,7 +34,7 @@ _WITHOUT_AUXILIARY = (
 
 def timm_model(
     name: str,
-    options: dict[str, bool | int | float] | None = None,
+    options: dict[str, bool | int | float | str | list[int]] | None = None,
     *,
     classes: int,
     channels: int = 3,
@@ -46,7 +47,7 @@ def timm_model(
 
     Args:
         name: as in `timm.list_models()`.
-        options: of timm's model, numbers and switches, such as drop_path_rate.
+        options: of timm's model, such as drop_path_rate, global_pool or dims.
 
     Raises:
         UserError: timm is not installed, has no such model or option, or cannot build it for such images.
@@ -68,8 +69,9 @@ def timm_model(
             if "img_size" not in str(error):
                 raise
             return create()
-    except (RuntimeError, ValueError, TypeError, AssertionError, ZeroDivisionError) as error:
-        raise _cannot(f"timm:{name}", channels, image_size, error) from None
+    # timm looks words up, as of an activation, and calls what it finds.
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError) as error:
+        raise _cannot(f"timm:{name}", channels, image_size, error, given) from None
 
 
 def torchvision_model(name: str, *, classes: int, channels: int = 3, image_size: int = 32) -> nn.Module:
@@ -155,9 +157,10 @@ def _library(name: str) -> Any:
         raise UserError(f"{package} cannot be imported: {error}", hint=f"install it: pip install {package}") from None
 
 
-def _cannot(name: str, channels: int, image_size: int, error: Exception) -> UserError:
+def _cannot(name: str, channels: int, image_size: int, error: Exception, options: Collection[str] = ()) -> UserError:
     reason = first_line(error)
+    own = f"check its options ({', '.join(options)}), " if options else ""
     return UserError(
         f"'{name}' cannot be built for images of {channels}×{image_size}×{image_size}: {reason}",
-        hint="choose another model, or a data set with larger images",
+        hint=f"{own}choose another model, or a data set with larger images",
     )

@@ -38,6 +38,12 @@ _EXAMPLE = "'student: {name: MODEL, hooks: {layer1: MODULE, layer2: MODULE, pool
 # What to do where patches are missing.
 TRANSFORMERS = "transformers such as 'timm:deit_tiny_patch16_224' have patches"
 
+# What to do where something wants a map, or a vector, and gets tokens [T, C].
+OF_TOKENS = (
+    "a transformer's tokens are no map: 'layerK.patches' is one ('kdbench show models NAME' lists them, and 'student' "
+    "and 'teacher' of a loss term name them), and 'pooled' is a vector"
+)
+
 
 def point_name(name: str) -> str:
     """`name`, if a hook point of a card can be called so. Raises ValueError otherwise."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from kdbench.files import find_weights
 from kdbench.image_cards import Normalization
 from kdbench.recipe.beside import origin_of
+from kdbench.recipe.model_specs import DataSpec
 from kdbench.recipe.specs import CellSpec, TeacherSpec
 
 # Half a step of pixels of 8 bits: means and deviations that are closer are the same, rounded.
@@ -16,7 +17,7 @@ def remarks(specs: Iterable[CellSpec]) -> list[str]:
     """Sentences on all cells of a plan, each once."""
     found: dict[str, None] = {}
     for spec in specs:
-        of_teachers = [text for one in spec.teachers for text in _teacher(one)]
+        of_teachers = [text for one in spec.teachers for text in _teacher(one, spec.data)]
         found |= dict.fromkeys([*replaced_normalization(spec), *of_teachers, *_start(spec)])
     return list(found)
 
@@ -45,13 +46,13 @@ def said(normalization: Normalization) -> str:
     return f"mean {mean} and deviation {deviation}"
 
 
-def _teacher(teacher: TeacherSpec) -> list[str]:
+def _teacher(teacher: TeacherSpec, data: DataSpec) -> list[str]:
     if teacher.trained_by is not None:
         own, origin = teacher.trained_by.protocol.normalization, "its training"
     else:
         training = origin_of(Path(teacher.weights.file)) if teacher.weights else None
         if training is None:
-            return []
+            return _unstated(teacher, data)
         own, origin = training.normalization, "its training, by the record beside its weights"
         if alike(own, teacher.normalization):
             side = teacher.model.image_size
@@ -62,6 +63,19 @@ def _teacher(teacher: TeacherSpec) -> list[str]:
     return [
         f"the teacher '{teacher.name}' takes images normalized by {said(teacher.normalization)}; in {origin} it was "
         f"{said(own)}"
+    ]
+
+
+def _unstated(teacher: TeacherSpec, data: DataSpec) -> list[str]:
+    """Where a teacher from elsewhere gets the data card's normalization, and no stated accuracy would show that it was
+    trained with another."""
+    if teacher.weights is None or teacher.accuracy is not None:
+        return []
+    if not alike(teacher.normalization, data.normalization):
+        return []
+    return [
+        f"the teacher '{teacher.name}' takes images normalized by {said(data.normalization)}, as on the data card "
+        f"'{data.name}': if it was trained with others, write them as 'normalization' beside its 'weights'"
     ]
 
 

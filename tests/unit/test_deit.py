@@ -68,7 +68,18 @@ def test_options_of_timms_networks() -> None:
             timm_model("resnet18", option, classes=3)
     with pytest.raises(UserError, match="cannot be built.*drop_pth"):
         timm_model("vit_tiny_patch16_224", {"drop_pth": 0.2}, classes=3, image_size=32)
+    small = timm_model("convnext_atto", {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}, classes=3)
+    assert small.stem[0].out_channels == 8 and len(small.stages[2].blocks) == 1  # type: ignore[arg-type, index, union-attr]
+    for option in ({"global_pool": "tree"}, {"act_layer": "tree"}, {"block_fn": "tree"}):
+        with pytest.raises(UserError, match="cannot be built") as error:
+            timm_model("vit_tiny_patch16_224", option, classes=3, image_size=32)  # type: ignore[arg-type]
+        assert f"check its options ({next(iter(option))})" in (error.value.hint or "")
     assert images(cell().data).train_images.shape[-1] == 8
+
+
+@pytest.mark.parametrize("options", [{"global_pool": "avg"}, {"dims": [8, 8]}, {"drop_rate": 0.1}])
+def test_a_recipe_takes_timms_words_and_lists(options: dict[str, Any]) -> None:
+    assert cell(student={"name": "timm:resnet18", "options": options}).student.options["options"] == options
 
 
 def test_the_protocol_turns_and_shears_as_far_as_deits_code() -> None:

@@ -92,6 +92,18 @@ def test_a_teacher_that_does_not_know_these_labels_is_doubted(
     assert said.count("reaches") == bool(holds) and "?" not in said[:-1], said
 
 
+def test_a_teacher_no_better_than_the_most_frequent_class_is_doubted() -> None:
+    """Of very unequal classes a useless teacher is far from 1 / classes."""
+    labels = torch.tensor([0] * 91 + [*range(1, CLASSES)])
+    part = ResidentSplit(torch.arange(len(labels), dtype=torch.uint8).view(-1, 1, 1, 1), labels)
+    known: Any = SimpleNamespace(name="t", known_classes=range(CLASSES))
+    for right, doubted in ((90, True), (91, True), (92, False)):
+        answers = torch.where(torch.arange(len(labels)) < right, labels, (labels + 1) % CLASSES)
+        seen = look(Answers(answers.__getitem__), part, CLASSES)  # type: ignore[arg-type]
+        said = " ".join(doubts(known, seen, CLASSES, None))
+        assert ("who always answers the most frequent class has 91.00 %" in said) == doubted, (right, said)
+
+
 def test_classes_that_a_teacher_is_known_not_to_have_learned_are_no_doubt() -> None:
     assert said_of(lambda x: x % 5, known=[0, 1, 2, 3, 4])[1] == ""
 

@@ -197,7 +197,14 @@ def test_other_weights_have_the_data_cards_normalization(tmp_path: Path) -> None
     file = student(tmp_path / "cell").rename(tmp_path / "cell" / "others.safetensors")
     spec = taught_by(file)
     assert spec.teacher is not None and spec.teacher.normalization == spec.data.normalization
-    assert remarks([spec]) == []
+    (said,) = remarks([spec])
+    assert (
+        "images normalized by mean 0.3051 and deviation 0.3758, as on the data" in said
+        and "'normalization' beside" in said
+    )
+    # What is stated is no guess, and a stated accuracy is measured.
+    assert remarks([taught_by(file, normalization={"mean": [0.5], "std": [0.25]})]) == []
+    assert remarks([taught_by(file, accuracy=90.0)]) == []
 
 
 def test_a_student_brings_its_classes_along(tmp_path: Path) -> None:

@@ -58,3 +58,21 @@ def test_a_recipe_can_name_places_of_its_own() -> None:
     spec = cell(both, both, {"name": "vitkd", "shallow": shallow})
     assert spec.method.stages["classification"].losses["mimicking"].points("student") == shallow
     check_cell(spec)
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "loss"), [("hint", "classification", "hint"), ("at", "classification", "at"), ("simkd", "", "")]
+)
+def test_methods_of_maps_tell_where_a_transformer_has_them(name: str, stage: str, loss: str) -> None:
+    """A connector, a loss and a method's own module get tokens; with the map in their place they fit."""
+
+    def taught(point: str) -> CellSpec:
+        read = {"hook": None, "student": "layer1", "teacher": point}
+        method = {"name": name} | ({"stages": {stage: {"losses": {loss: read}}}} if loss else {})
+        return cell("wrn_10_1", method=method)
+
+    with pytest.raises(UserError) as error:
+        check_cell(taught("layer1"))
+    assert "'layerK.patches'" in (error.value.hint or ""), error.value
+    if loss:
+        check_cell(taught("layer1.patches"))

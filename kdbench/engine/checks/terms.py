@@ -11,6 +11,7 @@ from kdbench.engine.surroundings import Shape
 from kdbench.engine.targets import import_target
 from kdbench.engine.terms import Term
 from kdbench.errors import UserError, device_advice, failure
+from kdbench.models.points import OF_TOKENS
 from kdbench.models.probing import kind_of
 from kdbench.schedules import Moment
 
@@ -86,11 +87,14 @@ def _uncomputable(
     for option, given in term.spec.loss.options.items() if of_values else ():
         if option in said:
             return UserError(f"'{option}' of the loss '{term.name}' cannot be {given!r}: {error}")
-    sides = ((layer.students, student if term.spec.of == "student" else teacher) for layer in term.layers)
-    own_shapes = ", ".join(f"{p} {shapes[p]}" for points, shapes in sides for p in points)
-    taught = ", ".join(f"{p} {teacher[p]}" for layer in term.layers for p in layer.teachers)
+    own = student if term.spec.of == "student" else teacher
+    sides = [(p, own[p]) for layer in term.layers for p in layer.students]
+    taken = [(p, teacher[p]) for layer in term.layers for p in layer.teachers]
+    own_shapes, taught = (", ".join(f"{p} {shape}" for p, shape in side) for side in (sides, taken))
     shapes = f"student: {own_shapes or 'nothing'}; teacher: {taught or 'nothing'}"
-    fit = "; a connector can change channels and sizes ('kdbench ls connectors')" if of_values else ""
+    tokens = any(len(shape) == 2 for _, shape in [*sides, *taken])
+    advice = OF_TOKENS if tokens else "a connector can change channels and sizes ('kdbench ls connectors')"
+    fit = f"; {advice}" if of_values else ""
     # Where something stands before the loss, it is not known which of the two failed.
     called = _connector(term) or import_target(term.spec.loss.target)
     said = failure(error, called)

@@ -194,11 +194,13 @@ class Seen:
 
     accuracy: of right ones. reordered: what it would be if every output stood for the class that it answers most, where
     these are all different ones; None where they are not. unused: how many of the split's classes it never answers.
+    largest: what always answering the split's most frequent class would have; None where that was not looked at.
     """
 
     accuracy: Percent
     reordered: Percent | None = None
     unused: Annotated[int, Field(ge=0)] = 0
+    largest: Percent | None = None
 
 
 @torch.no_grad()
@@ -218,6 +220,7 @@ def look(teacher: Teacher, split: Split, classes: int) -> Seen:
         round(100 * int(table.trace()) / n, 4),
         round(100 * int(most.sum()) / n, 4) if different else None,
         int((~used & (table.sum(dim=0) > 0)).sum()),
+        round(100 * int(table.sum(dim=0).max()) / n, 4),
     )
 
 
@@ -283,6 +286,8 @@ def doubts(spec: TeacherSpec, seen: Seen, classes: int, expected: tuple[float, s
     chance = 100 / classes
     if classes > 1 and seen.accuracy < min(2 * chance, chance + 10):
         found.append(f"it is near chance, {chance:.2f} %")
+    elif classes > 1 and seen.largest is not None and seen.accuracy <= seen.largest:
+        found.append(f"who always answers the most frequent class has {seen.largest:.2f} %")
     # One that is known not to have learned all classes may leave some out.
     if seen.unused and spec.known_classes is None:
         found.append(f"it never answers {seen.unused} of the {classes} classes")
@@ -291,7 +296,7 @@ def doubts(spec: TeacherSpec, seen: Seen, classes: int, expected: tuple[float, s
     if seen.reordered is not None and seen.reordered > seen.accuracy + _MORE:
         found.append(
             f"with its outputs in another order it would have {seen.reordered:.2f} %: are the classes of its training "
-            "in the order of these data?"
+            "in the order of these data, and its images normalized as here?"
         )
     reached = f"the teacher '{spec.name}' reaches {seen.accuracy:.2f} % with the input that it gets here"
     return (f"{reached}: {'; '.join(found)}",) if found else ()
