@@ -114,11 +114,21 @@ class Tail(NamedTuple):
     evaluations: int
 
 
+# What test logits say beside the accuracy.
+OF_LOGITS = ("balanced_accuracy", "top5", "calibration_error", "fidelity")
+
+
 class Result(Open):
     test: Accuracies
     validation: Accuracies | None = None
     source: Accuracies | None = Field(None, description="on the source's test part, where `test` is a target domain's")
     teacher: Accuracies | None = Field(None, description="of the teacher that the cell trained, on the test part")
+    balanced_accuracy: float | None = Field(
+        None,
+        ge=0,
+        le=100,
+        description="mean of the classes' accuracies in percent, where they have unequal numbers of images",
+    )
     top5: float | None = Field(None, ge=0, le=100, description="top-5 accuracy in percent, of more than ten classes")
     calibration_error: float | None = Field(
         None, ge=0, le=100, description="expected, in percent: 15 bins of confidence (Guo et al. 2017)"
@@ -140,10 +150,10 @@ class Result(Open):
     def numbers(self) -> dict[str, float]:
         """What may stand in a column of its own, by name, where it was measured.
 
-        These are top5, calibration_error, fidelity, <metric>.<hook point>, and <metric>_reference.<hook point> of a
-        student that ignores its input.
+        These are balanced_accuracy, top5, calibration_error, fidelity, <metric>.<hook point>, and
+        <metric>_reference.<hook point> of a student that ignores its input.
         """
-        of_logits = {name: getattr(self, name) for name in ("top5", "calibration_error", "fidelity")}
+        of_logits = {name: getattr(self, name) for name in OF_LOGITS}
         return {name: value for name, value in of_logits.items() if value is not None} | {
             f"{metric}{suffix}.{point}": value
             for suffix, metrics in (("", self.metrics), ("_reference", self.references))

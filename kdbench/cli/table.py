@@ -41,8 +41,8 @@ def command(
         list[str] | None,
         typer.Option(
             metavar="NAME,…",
-            help="Numbers to show too: top5, calibration_error, fidelity (share of predictions that equal the "
-            "teacher's), or any metric of a loss card.",
+            help="Numbers to show too: balanced_accuracy, top5, calibration_error, fidelity (share of predictions that "
+            "equal the teacher's), or any metric of a loss card.",
         ),
     ] = None,
     latex: Annotated[

@@ -15,6 +15,7 @@ ALSO = {
     "teacher": "teacher that trained with it",
     "trained_on": "classes trained on here",
     "others": "other classes",
+    "balanced_accuracy": "balanced accuracy",
     "top5": "top-5",
     "calibration_error": "calibration error",
     "fidelity": "same answer as the teacher",

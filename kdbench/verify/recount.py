@@ -16,12 +16,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kdbench.engine.answers import BINS, FEWEST_CLASSES
+from kdbench.engine.answers import BINS, FEWEST_CLASSES, mean_of_classes, unbalanced
 from kdbench.engine.data.datasets import load_data
 from kdbench.errors import UserError, counted
 from kdbench.files import LOGITS, STUDENT, home
 from kdbench.recipe.model_specs import DataSpec
 from kdbench.record import Record
+from kdbench.record_parts import OF_LOGITS
 
 
 def labels_of(data: DataSpec, roots: Iterable[Path]) -> tuple[Tensor, str]:
@@ -65,6 +66,9 @@ def spans(logits: Tensor, labels: Tensor, teacher: Tensor | None, own: list[int]
         "test.loss": _loss(logits, labels),
         "calibration_error": _calibration(logits, *right),
     }
+    if unbalanced(labels):
+        low, high = (100 * mean_of_classes(part, labels) for part in right)
+        found["balanced_accuracy"] = low, high
     if logits.shape[1] >= FEWEST_CLASSES:
         found["top5"] = _share(*_within(logits, labels, 5))
     if teacher is not None and teacher.shape == logits.shape:
@@ -185,7 +189,7 @@ def counted_again(
 def recorded_numbers(record: Record, history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Numbers of a record and of its last evaluation that follow from test logits, a teacher's among them."""
     result = record.result
-    named = {name: getattr(result, name) for name in ("calibration_error", "top5", "fidelity")}
+    named = {name: getattr(result, name) for name in OF_LOGITS}
     parts = {f"by_classes.{name}": value for name, value in (result.by_classes or {}).items()}
     loss = history[-1].get("test", {}).get("loss") if history else None
     # It may have grown out of all bounds.

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import accuracy_score, balanced_accuracy_score
 
 from kdbench.engine.answers import calibration_error, measured
 
@@ -61,6 +62,19 @@ def test_top5_counts_labels_among_the_five_largest_logits() -> None:
     labels = torch.arange(11)
     assert measured(logits, labels, None)["top5"] == pytest.approx(100 * 5 / 11, abs=1e-4)
     assert "top5" not in measured(logits[:10, :10], labels[:10], None)
+
+
+@pytest.mark.filterwarnings("ignore:y_pred contains classes")
+def test_balanced_accuracy_is_that_of_scikit_learn() -> None:
+    draws = torch.Generator().manual_seed(0)
+    # Classes of about 200, 150, 100, 50 and no images.
+    labels = torch.multinomial(torch.tensor([4.0, 3.0, 2.0, 1.0, 0.0]), 500, replacement=True, generator=draws)
+    logits = torch.randn(500, 5, generator=draws) + 2 * torch.nn.functional.one_hot(labels, 5) * (labels < 2)[:, None]
+    expected = 100 * balanced_accuracy_score(labels.numpy(), logits.argmax(dim=1).numpy())
+    found = measured(logits, labels, None)["balanced_accuracy"]
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert abs(found - 100 * accuracy_score(labels.numpy(), logits.argmax(dim=1).numpy())) > 5, "another number"
+    assert "balanced_accuracy" not in measured(logits[:4], torch.tensor([0, 2, 2, 0]), None), "the accuracy itself"
 
 
 def test_fidelity_is_the_share_of_predictions_that_are_the_teachers() -> None:
