@@ -40,6 +40,7 @@ ALONE = {
     "compute.seconds",  # told where it falls below the training's own
     "git.dirty",
     "data.origin",  # of another form it would be told, as the others' is
+    "result.balanced_accuracy",  # of a teacher, by one in its last digit
     "result.calibration_error",  # of a teacher, by less than rounding of its logits leaves open
     "files.student.safetensors",  # of published records the file itself is not there
 }
@@ -133,7 +134,9 @@ def test_test_logits_may_stay_behind_and_that_is_said(tiny_run: Path, kdbench: K
     assert {f.what for f in found if f.level == "unchecked"} == {
         said.replace("5 of 5", "4 of 5")
     } and not disagreements(made)
-    counted = ", ".join(f"{number} of 1 record" for number in ("test.last", "test.loss", "calibration_error"))
+    counted = ", ".join(
+        f"{number} of 1 record" for number in ("test.last", "test.loss", "balanced_accuracy", "calibration_error")
+    )
     said = f"follow from them: {counted}; not fidelity of 1, "
     assert any(f.what.startswith(said) for f in found)
 
@@ -272,7 +275,7 @@ def test_a_table_written_in_another_form_of_latex_agrees(folder: Path) -> None:
         assert not disagreements(folder)
 
 
-@pytest.mark.parametrize("number", ["calibration_error", "fidelity"])
+@pytest.mark.parametrize("number", ["balanced_accuracy", "calibration_error", "fidelity"])
 def test_a_number_that_was_changed_wherever_it_stands_is_told_by_the_logits(folder: Path, number: str) -> None:
     assert not disagreements(folder)
     file = next(folder.glob("kd-seed0-*/record.json"))
@@ -305,7 +308,7 @@ def test_test_logits_that_say_another_accuracy_are_told(folder: Path) -> None:
     assert logits.dtype == torch.float16
     wrong = logits.roll(1, dims=1).contiguous()
     save_file({"logits": wrong}, file)
-    assert [f.where for f in disagreements(folder)].count(file.parent.name) == 5, "another file, other numbers"
+    assert [f.where for f in disagreements(folder)].count(file.parent.name) == 6, "another file, other numbers"
     # Somebody makes the sha256 and the sums fit again.
     plain = json.loads(record.read_text())
     plain["files"][file.name] = sha256_of(file)
