@@ -54,6 +54,35 @@ def short(method: str | dict[str, Any], steps: int = 8, per_class: int | None = 
     return shortened(cell(method), steps, per_class=per_class)
 
 
+# --- budgets
+
+
+@pytest.mark.parametrize(("budget", "steps"), [("shared", [8, 8, 24]), ("each", [16, 16, 24])])
+def test_anchors_divide_what_other_stages_leave_or_take_it_each(budget: str, steps: list[int]) -> None:
+    boundaries = {"share": None, "anchors": {"n": 2, "budget": budget}}
+    stages = {"boundaries": boundaries, "classification": {"share": "60%"}}
+    line = planned_timeline(cell({"name": "ab", "stages": stages}, steps=40))
+    assert [span.steps for span in line.spans] == steps and line.total - line.extra == 40
+
+
+@pytest.mark.parametrize(("budget", "epochs"), [("shared", 15), ("each", 30)])
+def test_anchors_divide_epochs_beyond_the_budget_or_have_them_each(budget: str, epochs: int) -> None:
+    stages = {"boundaries": {"anchors": {"n": 2, "budget": budget}}}
+    stages = cell({"name": "ab_crd", "stages": stages}).method.stages
+    assert [stages[f"boundaries_{n}"].extra_epochs for n in (1, 2)] == [epochs, epochs]
+
+
+def test_every_stage_after_one_that_trained_the_teacher_has_its_own() -> None:
+    learns = {"teacher_ce": {"loss": "cross_entropy", "of": "teacher"}}
+    for stage, trains, own in (
+        ("boundaries", ["student", "connectors", "teacher"], {"boundaries", "classification"}),
+        ("classification", ["student", "teacher"], {"classification"}),
+    ):
+        method = cell({"name": "ab", "stages": {stage: {"trains": trains, "losses": learns}}}).method
+        assert method.own_teacher_stages == own
+    assert cell("ab").method.own_teacher_stages == set()
+
+
 # --- which checkpoints
 
 

@@ -95,3 +95,22 @@ def test_evaluations_are_even_and_include_the_end_of_every_stage() -> None:
 def test_a_budget_that_nobody_can_train_is_refused() -> None:
     with pytest.raises(UserError, match=r"a budget of 2e\+09 steps is too large"):
         timeline(cell("kd", epochs=1e9), 100)
+
+
+@pytest.mark.parametrize(
+    ("said", "other_images"),
+    [
+        ({"name": "own"}, True),
+        ({"target": "own:load"}, True),
+        ({"options": {"side": 16}}, True),
+        ({"source_sha256": "ab" * 32}, True),
+        ({"root": "elsewhere"}, True),
+        # Parts of the same images.
+        ({"fraction": 0.5}, False),
+        ({"validation": 10, "tested_on": "validation"}, False),
+        ({"only_classes": [1], "per_class": 3, "split_seed": 7}, False),
+    ],
+)
+def test_what_tells_which_images_data_are(said: dict[str, Any], other_images: bool) -> None:
+    data = cell("ce").data
+    assert (data.model_copy(update=said).images_key() != data.images_key()) is other_images
