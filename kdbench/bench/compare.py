@@ -10,6 +10,7 @@ from typing import Any
 
 from kdbench.bench.lanes import Lane, Process
 from kdbench.engine.computing.compute import Computing, Precision
+from kdbench.engine.scheduling import CellState, cohorts_of
 from kdbench.errors import CellError, UserError
 from kdbench.recipe.planning import Plan
 from kdbench.recipe.specs import CellSpec
@@ -279,24 +280,18 @@ def _ways(specs: list[dict[str, Any]], machine: Machine) -> list[Lane]:
 
 
 def cells_of(plan: Plan) -> tuple[CellSpec, list[CellSpec]]:
-    """The first cell that reads its teacher's logits alone, and all cells that could train as one cohort with it and
-    have its student, so that all cost what it costs.
+    """The first cell that reads its teacher's logits alone, and all cells that train as one cohort with it and have its
+    student, so that all cost what it costs.
 
     Raises:
         UserError: there is no such cell.
     """
-    specs = [cell.spec for cell in plan.cells]
-    logit = next((spec for spec in specs if spec.teacher is not None and _reads(spec) == {"logits"}), None)
-    if logit is None:
-        raise UserError("the benchmark needs a method that reads its teacher's logits alone", where=plan.name)
-
-    def shared(spec: CellSpec) -> tuple[Any, ...]:
-        # A student that starts from its teacher has images that are normalized in another way.
-        protocol = spec.protocol.model_dump(exclude={"normalization"})
-        teacher = (spec.teacher or logit.teacher).identity()  # type: ignore[union-attr]
-        return spec.seed, spec.domains, spec.student, protocol, spec.compute, teacher
-
-    return logit, [spec for spec in specs if shared(spec) == shared(logit)]
+    states = [CellState(cell, i) for i, cell in enumerate(plan.cells)]
+    for cells in cohorts_of(states):
+        logit = next((c.spec for c in cells if c.spec.teacher is not None and _reads(c.spec) == {"logits"}), None)
+        if logit is not None:
+            return logit, [cell.spec for cell in cells if cell.spec.student == logit.student]
+    raise UserError("the benchmark needs a method that reads its teacher's logits alone", where=plan.name)
 
 
 def _reads(spec: CellSpec) -> set[str]:
