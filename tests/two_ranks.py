@@ -100,6 +100,24 @@ def trained(spec: CellSpec, ranks: Ranks) -> dict[str, Tensor]:
     return found | {"images": torch.tensor(member.log.images)}
 
 
+def alike(spec: CellSpec) -> bool:
+    """Whether both networks give a batch the very bits that they give its two shares, as some processors do not."""
+    target = images(spec.target, per_class=PER_CLASS, seed=1) if spec.target else None
+    batches = Batches(spec, images(spec.data, per_class=PER_CLASS), CPU, target)
+    teacher = untrained_teacher(spec)
+    student = Member(spec, batches, teacher, CPU).student.model.eval()
+    batch = batches.train.images[:BATCH]
+    shares = batch.split(-(-BATCH // 2))
+
+    def of_teacher(part: Tensor) -> Tensor:
+        return torch.zeros(len(part)) if teacher is None else teacher(part, ["logits"])["logits"]
+
+    def of_student(part: Tensor) -> Tensor:
+        return student(part.float() / 255)
+
+    return all(torch.equal(one(batch), torch.cat([one(part) for part in shares])) for one in (of_teacher, of_student))
+
+
 def agree(member: Member, teacher: Teacher | None) -> None:
     """Let both networks know the labels, nearly alike: only then there is something to attack."""
     assert teacher is not None
@@ -134,6 +152,7 @@ def main(methods: list[str]) -> None:
         spec = cell(method)
         try:
             refuse(spec, ranks.size)
+            line["alike"] = alike(spec)
             line["apart"] = apart(trained(spec, ranks), trained(spec, ALONE))
         except UserError as error:
             line["refused"] = str(error)

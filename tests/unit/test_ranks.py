@@ -109,10 +109,10 @@ def test_methods_on_two_ranks_are_what_they_are_on_one(every: bool) -> None:
         assert line["apart"].pop("images") == 0
         for kind, far in line["apart"].items():
             assert far < (FIRST_STEP if kind.startswith("0 ") else LATER), line
-    # What losses are given is gathered as it was computed, and added up in the same order. Some processors round the
-    # layers of half a batch otherwise: of some losses, then, the last bit.
+    # What losses are given is gathered as it was computed, and added up in the same order. Some processors compute half
+    # a batch otherwise, by the last bit, and so some of the losses.
     exact = [line["method"] for line in lines if line["apart"]["0 loss"] == 0]
-    assert len(exact) > 0.6 * len(lines), exact
+    assert len(exact) > (0.8 if all(line["alike"] for line in lines) else 0.6) * len(lines), exact
 
 
 def test_every_loss_is_tested_with_some_method_and_only_pruning_is_refused() -> None:
