@@ -191,6 +191,7 @@ class Data(Open):
     validation: int = Field(0, ge=0)
     test: int = Field(ge=1)
     classes: int = Field(ge=1)
+    class_names: list[str] | None = Field(None, description="in the order of the labels")
     origin: str = ""
     short_side: int | None = Field(
         None, gt=0, description="of pictures: pixels to which the shorter side is brought before the centre is tested"

@@ -28,7 +28,7 @@ from kdbench.recipe.planning import plan
 from kdbench.recipe.specs import CellSpec
 
 METHODS = REGISTRY.names("methods")
-STEPS = 14
+STEPS = 8
 
 
 @pytest.fixture(autouse=True)

@@ -71,15 +71,16 @@ def images(spec: DataSpec, per_class: int = 2, seed: int = 0) -> ImageData:
     return canonical(spec.name, [str(i) for i in range(spec.classes)], *parts, origin="made up")
 
 
-# Options of batch sources that would take long, where a recipe says nothing else.
+# Options of batch sources that would take long.
 SMALL: dict[str, dict[str, Any]] = {"inverted": {"images": 8, "iterations": 2, "every": 3, "head": 8}}
 
 
-def small(stage: StageSpec) -> StageSpec:
-    """A stage whose source takes moments."""
+def small(stage: StageSpec, always: bool = False) -> StageSpec:
+    """A stage whose source takes moments; `always`: also where a recipe says otherwise."""
     if stage.source is None or stage.source.name not in SMALL:
         return stage
-    options = SMALL[stage.source.name] | stage.source.options
+    few, own = SMALL[stage.source.name], stage.source.options
+    options = own | few if always else few | own
     return stage.model_copy(update={"source": stage.source.model_copy(update={"options": options})})
 
 

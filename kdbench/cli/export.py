@@ -7,6 +7,7 @@ import typer
 
 from kdbench.cli.options import RegistryOption
 from kdbench.errors import UserError
+from kdbench.files import write_json
 from kdbench.record import WhichWeights
 
 EXAMPLES = """
@@ -36,7 +37,7 @@ def command(
         raise UserError(
             "choose a form to export to", where="kdbench export", hint="--onnx, --torchscript, --timm or --hub NAME"
         )
-    from kdbench.engine.networks.exporting import exported_student, to_hub, to_onnx, to_timm, to_torchscript
+    from kdbench.engine.networks.exporting import CLASSES, exported_student, to_hub, to_onnx, to_timm, to_torchscript
 
     student = exported_student(cell, registry or (), weights)
     folder = out or Path("export") / cell.resolve().name
@@ -48,6 +49,9 @@ def command(
     if torchscript:
         off = to_torchscript(student, folder / "student.pt")
         print(f"{folder / 'student.pt'}: logits within {off:.1g} of the network's")
+    if (onnx or torchscript) and student.class_names is not None:
+        write_json(folder / CLASSES, student.class_names)
+        print(f"{folder / CLASSES}: the class of each logit")
     if timm:
         to_timm(student, folder / "timm")
         print(f"{folder / 'timm'}: timm.create_model('local-dir:{folder / 'timm'}', pretrained=True)")

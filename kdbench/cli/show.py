@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Annotated, Any
 
 import typer
@@ -14,7 +15,7 @@ from kdbench.errors import UserError, did_you_mean
 from kdbench.models.points import LOGITS
 from kdbench.reading import read_text
 from kdbench.recipe.datasets import spec_of_card
-from kdbench.recipe.loading import dump, find
+from kdbench.recipe.loading import dump, find, recipe_names
 from kdbench.recipe.methods import settings_of
 from kdbench.recipe.networks import model_spec
 from kdbench.registry import Registry
@@ -39,19 +40,13 @@ def command(
     cards = Registry(registry or ())
     console = page()
     kind = ALIASES.get(kind, kind)
-    if kind == "recipes" and name:
-        print_yaml(read_text(find(name)))
-        return
     if name is None:
         if kind in (*KINDS, "recipes"):
             raise UserError(f"which of the {kind}?", "kdbench show", f"'kdbench ls {kind}' lists them")
-        found = [k for k in KINDS if kind in cards.names(k)]
-        if len(found) != 1:
-            what = f"several kinds have a card '{kind}': {', '.join(found)}" if found else f"there is no card '{kind}'"
-            near = did_you_mean(kind, sorted({n for k in KINDS for n in cards.names(k)}))
-            hint = f"name the kind first: kdbench show {found[0]} {kind}" if found else near
-            raise UserError(what, where="kdbench show", hint=hint)
-        kind, name = found[0], kind
+        kind, name = _kind_of(kind, cards), kind
+    if kind == "recipes":
+        print_yaml(read_text(find(name)))
+        return
     if kind not in KINDS:
         raise UserError(f"unknown kind '{kind}'", where="kdbench show", hint=did_you_mean(kind, [*KINDS, "recipes"]))
     card = cards.card(kind, name)
@@ -78,6 +73,21 @@ def command(
     if paper:
         entry = cards.card("papers", paper, tree.origin(("paper",)))
         console.print(f"{entry.authors}: {entry.title}. {entry.venue} {entry.year}.")
+
+
+def _kind_of(name: str, cards: Registry) -> str:
+    """The kind of the one card of this name; "recipes" where there is none, and a recipe."""
+    names = {kind: cards.names(kind) for kind in KINDS}
+    found = [kind for kind in KINDS if name in names[kind]]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        what, hint = f"several kinds have a card '{name}': {', '.join(found)}", "name the kind first"
+        raise UserError(what, "kdbench show", f"{hint}: kdbench show {found[0]} {name}")
+    if name in recipe_names():
+        return "recipes"
+    near = did_you_mean(name, {*recipe_names(), *itertools.chain(*names.values())})
+    raise UserError(f"there is no card or recipe '{name}'", "kdbench show", near)
 
 
 def _value(value: Any) -> str:

@@ -135,7 +135,7 @@ def _data(data: AnyData, target: AnyData | None) -> dict[str, Any]:
 
     def known(one: AnyData) -> dict[str, Any]:
         seen = {"short_side": one.short_side} if isinstance(one, Pictures) else {}
-        return {"fingerprint": one.fingerprint, "origin": one.origin} | seen
+        return {"fingerprint": one.fingerprint, "origin": one.origin, "class_names": [*one.classes]} | seen
 
     return {name: known(one) for name, one in {"data": data, "target": target}.items() if one is not None}
 

@@ -233,6 +233,8 @@ def _shared(folder: Folder) -> Iterator[Finding]:
         for domain in filter(None, (record.data, record.target)):
             add(name, "data fingerprint", domain.name, domain.fingerprint)
             add(name, "data origin", domain.name, domain.origin)
+            if domain.class_names is not None:
+                add(name, "names of classes", domain.name, domain.class_names)
         if record.teacher is not None:
             # A card may have weights, and a recipe to train by instead. Read as it stands: of any version's form.
             described = record.spec.get("teacher") or {}

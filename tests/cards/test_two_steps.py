@@ -9,7 +9,7 @@ import pytest
 import torch
 from card_checks import check_card
 from shipped import REGISTRY
-from tiny import images, member_of, networks_for, shortened, target_for, train
+from tiny import images, member_of, networks_for, shortened, small, target_for, train
 from torch import Tensor, nn
 
 from kdbench.cards import KINDS
@@ -29,18 +29,18 @@ def two_steps(spec: CellSpec) -> CellSpec:
     stages = len(spec.method.stages)
     spec = shortened(spec, steps=2 * stages)
     equal = {
-        name: stage.model_copy(update={"share": 1 / stages if i < stages - 1 else None})
+        name: small(stage.model_copy(update={"share": 1 / stages if i < stages - 1 else None}), always=True)
         for i, (name, stage) in enumerate(spec.method.stages.items())
     }
     # Larger pictures would take a minute each, and show no more of a recipe; a ConvNeXt shrinks them 32 times.
     shrinks = spec.teacher is not None and "convnext" in spec.teacher.model.name
     size = min(spec.data.image_size, 32 if shrinks else 16)
-    small = {"image_size": size, "streamed": False}
+    fewer = {"image_size": size, "streamed": False}
     return spec.model_copy(
         update={
             "method": spec.method.model_copy(update={"stages": equal}),
-            "data": spec.data.model_copy(update=small),
-            "target": spec.target and spec.target.model_copy(update=small),
+            "data": spec.data.model_copy(update=fewer),
+            "target": spec.target and spec.target.model_copy(update=fewer),
         }
     )
 
@@ -60,11 +60,12 @@ def cells() -> dict[str, dict[str, CellSpec]]:
 
 
 def shown(recipe: str, spec: CellSpec) -> set[str]:
-    """What training a cell shows: its recipe, its two networks, and its method in whatever form a recipe gives it, but
-    for the numbers in it."""
+    """What training a cell shows: its recipe, its two networks, and its method and each stage of it in whatever form a
+    recipe gives it, but for the numbers in it."""
     teacher = spec.teacher and spec.teacher.model.name
-    form = re.sub(r"\d+(\.\d+)?(e-?\d+)?", "0", spec.method.model_dump_json(exclude={"label"}))
-    return {recipe, f"{teacher} {spec.student.name}", form}
+    rest = spec.method.model_dump_json(exclude={"label", "stages"})
+    forms = [rest, *(stage.model_dump_json() for stage in spec.method.stages.values())]
+    return {recipe, f"{teacher} {spec.student.name}"} | {re.sub(r"\d+(\.\d+)?(e-?\d+)?", "0", form) for form in forms}
 
 
 def covering(cells: dict[str, dict[str, CellSpec]]) -> dict[str, CellSpec]:

@@ -157,6 +157,8 @@ def test_ls_show_cp_schema(kdbench: Kdbench, tmp_path: Path) -> None:
     shown = kdbench("show", "methods", "ab").stdout
     assert "boundaries" in shown and "Heo" in shown
     assert "temperature" in kdbench("show", "losses", "kd").stdout
+    assert kdbench("show", "quickstart").stdout == kdbench("show", "recipes", "quickstart").stdout
+    assert "did you mean 'quickstart'" in kdbench("show", "quikstart", code=2).stderr
     published = kdbench("show", "published", "crd_cifar100").stdout
     assert "RepDistiller" in published and "epochs: 240" in published and "Isola" in published
     kdbench("cp", "quickstart", "mine.yaml")

@@ -75,6 +75,7 @@ def test_onnx_and_torchscript_files_give_the_students_logits(cell: Path, kdbench
     assert (torch.from_numpy(found) - expected).abs().max() < 1e-4
     loaded: Any = torch.jit.load(str(tmp_path / "student.pt"))
     assert (loaded(pixels) - expected).abs().max() < 1e-4
+    assert json.loads((tmp_path / "classes.json").read_text()) == [str(digit) for digit in range(10)]
 
 
 @pytest.mark.slow
@@ -245,7 +246,8 @@ def test_what_is_uploaded_loads_again_and_says_what_it_is(
         assert len(rows) == (7 if one == timm_cell else 8) and all(row.endswith("|") for row in rows), card
         assert f"{record.result.test.last:.2f} %" in card and record.data.fingerprint in card
         assert ('timm.create_model("hf-hub:me/student"' in card) == (one == timm_cell) == ("without a teacher" in card)
-        assert {"config.json", "record.json"} <= hub.files.keys()
+        assert "record.json" in hub.files
+        assert json.loads(hub.files["config.json"])["label_names"] == [str(digit) for digit in range(10)]
 
 
 def test_the_card_of_the_best_weights_has_their_accuracy(cell: Path, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from kdbench.engine.data.datasets import load_data
 from kdbench.errors import UserError
 from kdbench.recipe.model_specs import DataSpec
 from kdbench.recipe.planning import plan
+from kdbench.record import read_record
 from kdbench.registry import Registry
 from kdbench.tree import Tree
 
@@ -438,6 +439,8 @@ def test_own_pictures_without_python(kdbench: Kdbench, tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text("data: shapes\n" + "".join(f"{k}: {v}\n" for k, v in RECIPE.items()))
     done = kdbench("run", "my.yaml", "compute=reference", "--jobs", "1")
     assert "12 training and 4 test pictures of 2 classes" in done.stderr
+    (cell,) = (file.parent for file in (tmp_path / "runs" / "my").glob("*/record.json"))
+    assert read_record(cell).data.class_names == ["ant", "bee"]
     done = kdbench("data", "shapes")
     assert (tmp_path / "cards" / "datasets" / "shapes.yaml").is_file(), done.stderr
     assert re.search(r"ant +6 +2", done.stdout)

@@ -23,7 +23,7 @@ from kdbench.record import Record, WhichWeights, read_record, student_file
 # How far an exported network's logits may be from the network's own.
 TOLERANCE = 1e-4
 # The file that holds what the network is, in a folder for the hub; timm has the same.
-CONFIG, CARD = "config.json", "README.md"
+CONFIG, CARD, CLASSES = "config.json", "README.md", "classes.json"
 MODEL_CARD = Path(__file__).with_name("model_card.md.jinja")
 
 
@@ -46,6 +46,11 @@ class Student:
     def network(self) -> nn.Module:
         """Float32 pixel values on the scale of [0, 1], [N, channels, size, size] -> logits [N, classes]."""
         return Part(self.model, self.normalization["mean"], self.normalization["std"]).eval()
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Of each logit the name of its class, where the record has them."""
+        return self.record.data.class_names
 
     @property
     def short_side(self) -> int | None:
@@ -152,7 +157,8 @@ def to_timm(student: Student, folder: Path) -> None:
     about = {"input_size": list(student.shape), "mean": mean, "std": std}
     about |= {"crop_pct": student.crop, "interpolation": "bilinear"}
     # What timm says of its own weights is not so of these.
-    own = {"pretrained_cfg": {"tag": "kdbench"} | dict.fromkeys(("license", "origin_url", "paper_ids", "description"))}
+    others = dict.fromkeys(("license", "origin_url", "paper_ids", "description"))
+    own = {"pretrained_cfg": {"tag": "kdbench"} | others, "label_names": student.class_names}
     save_for_hf(student.model, str(folder), model_config=own, data_config=about, safe_serialization=True)
 
 
@@ -176,7 +182,8 @@ def to_hub(student: Student, name: str, folder: Path) -> str:
     if timm_too:
         to_timm(student, folder)
     else:
-        write_json(folder / CONFIG, {"kdbench": student.record.spec["student"], "shape": student.shape})
+        about = {"kdbench": student.record.spec["student"], "shape": student.shape}
+        write_json(folder / CONFIG, about | {"label_names": student.class_names})
     shutil.copyfile(student.file, folder / student.file.name)
     write_json(folder / RECORD, student.record.plain())
     write_text(folder / CARD, model_card(student, name, timm_too))
