@@ -159,9 +159,11 @@ def test_logits_that_could_not_be_compared_are_not_said_to_agree(folder: Path, o
 
 
 def leaves(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Paths of all numbers, words and truth values."""
+    """Paths of all numbers, words and truth values; in a list of words the first and the last of them."""
     if isinstance(data, dict | list):
-        for key, value in data.items() if isinstance(data, dict) else enumerate(data):
+        pairs = [*(data.items() if isinstance(data, dict) else enumerate(data))]
+        words = isinstance(data, list) and all(isinstance(value, str) for value in data)
+        for key, value in (pairs[0], pairs[-1]) if words and pairs else pairs:
             yield from leaves(value, (*path, key))
     elif data is not None:
         yield path
