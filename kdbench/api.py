@@ -23,6 +23,8 @@ def run(
 ) -> list[Record]:
     """Train every cell of a recipe that is not finished yet. It writes no table and no plots.
 
+    Warnings and notes go to the log `kdbench`, as warnings, and so does how it goes, at the level INFO.
+
     Args:
         recipe: A file, the name of a shipped recipe, or a dictionary with the keys of a recipe, whose run is called
             `recipe`: give each of several dictionaries its own `runs`.
@@ -40,12 +42,13 @@ def run(
     """
     import json
 
-    from kdbench.engine.options import Options
+    from kdbench.engine.options import Logged, Options
     from kdbench.engine.workers.runner import run as run_plan
     from kdbench.engine.workers.tuning import tuned
     from kdbench.errors import counted
     from kdbench.files import expanded, failed, paths_of
     from kdbench.recipe.planning import plan
+    from kdbench.recipe.remarks import remarks
     from kdbench.record import read_records
     from kdbench.registry import Registry
     from kdbench.tree import plain
@@ -56,9 +59,12 @@ def run(
     texts = (overrides,) if isinstance(overrides, str) else tuple(overrides)
     planned = plan(plain(recipe) if isinstance(recipe, dict) else recipe, Registry(folders), texts)
     options["data_roots"] = paths_of(options.get("data_roots") or (), "data_roots")
-    how = Options(runs=expanded(runs, "runs"), registries=folders, **options)
-    planned = tuned(planned, how)
-    outcome = run_plan(planned, how)
+    options["device"] = str(options.get("device", "auto"))
+    how, told = Options(runs=expanded(runs, "runs"), registries=folders, **options), Logged()
+    for remark in [*planned.notes, *remarks(cell.spec for cell in planned.cells)]:
+        told.say(f"note: {remark}")
+    planned = tuned(planned, how, told)
+    outcome = run_plan(planned, how, told)
     if outcome.failed:
         said = "; ".join(f"{state.label}: {state.message}" for state in outcome.failed)
         what = f"{len(outcome.failed)} of {counted(len(planned.cells), 'cell')} failed: {said}"
@@ -110,7 +116,9 @@ def table(
 
 
 def load_student(
-    folder: str | Path, registries: str | Path | Iterable[str | Path] = (), weights: Literal["last", "best"] = "last"
+    folder: str | Path | Record,
+    registries: str | Path | Iterable[str | Path] = (),
+    weights: Literal["last", "best"] = "last",
 ) -> nn.Module:
     """The trained network of a finished cell, in eval mode, on the CPU.
 
@@ -118,7 +126,7 @@ def load_student(
     deviation in `record.spec["protocol"]["normalization"]`. It returns logits [N, K].
 
     Args:
-        folder: The cell's folder, `runs/<recipe>/<cell>`.
+        folder: The cell's folder, `runs/<recipe>/<cell>`, or its record, as `run` returns it.
         registries: Folders with your own cards, if the model is one of them.
         weights: "last" for the weights after the last step, "best" for those of the best evaluation, if the recipe said
             `keep: best`.
@@ -131,5 +139,7 @@ def load_student(
     """
     from kdbench.engine.networks import trained
     from kdbench.files import expanded
+    from kdbench.record import Record
 
-    return trained.load_student(expanded(folder, "load_student"), registries, weights)
+    where = folder.read_from if isinstance(folder, Record) else expanded(folder, "load_student")
+    return trained.load_student(where, registries, weights)

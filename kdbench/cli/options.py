@@ -1,22 +1,12 @@
 """Arguments that several commands share."""
 
-import re
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from kdbench.errors import UserError
-
-
-def check_device(device: str) -> str:
-    """The name of a device. UserError for what is none."""
-    if device not in ("auto", "cpu", "cuda") and not re.fullmatch(r"cuda:\d+", device):
-        other = device.partition(":")[0] in ("mps", "xpu", "hpu", "xla", "npu", "rocm", "gpu")
-        what = f"kdbench does not compute on '{device}'" if other else f"unknown device '{device}'"
-        raise UserError(what, where="--device", hint="known: auto, cpu, cuda, cuda:0, … (Apple's GPU is not used)")
-    return device
+from kdbench.engine.options import check_device
 
 
 def note_absent(folders: list[Path] | None) -> list[Path] | None:

@@ -1,14 +1,27 @@
 """How to run, and who is told how it goes. Imports no torch."""
 
+import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from kdbench.engine.scheduling import MOST_THREADS, CellState
-from kdbench.errors import UserError, shortened
+from kdbench.errors import UserError, counted, shortened
 from kdbench.files import folders_in, home
+
+logger = logging.getLogger("kdbench")
 
 # Between checkpoints: thirty years.
 MOST_SECONDS = 1e9
+
+
+def check_device(device: str) -> str:
+    """The name of a device. UserError for what is none."""
+    if device not in ("auto", "cpu", "cuda") and not re.fullmatch(r"cuda:\d+", device):
+        other = device.partition(":")[0] in ("mps", "xpu", "hpu", "xla", "npu", "rocm", "gpu")
+        what = f"kdbench does not compute on '{device}'" if other else f"unknown device '{device}'"
+        raise UserError(what, where="--device", hint="known: auto, cpu, cuda, cuda:0, … (Apple's GPU is not used)")
+    return device
 
 
 @dataclass(frozen=True)
@@ -50,6 +63,7 @@ class Options:
     cluster: Cluster | None = None
 
     def __post_init__(self) -> None:
+        check_device(self.device)
         for name, value, most in (("jobs", self.jobs, None), ("threads", self.threads, MOST_THREADS)):
             if value is not None and (type(value) is not int or not 1 <= value <= (most or value)):
                 bounds = f"from 1 to {most}" if most else "of at least 1"
@@ -75,3 +89,25 @@ class Listener:
     def doing(self, text: str) -> None: ...
     def update(self, cell: CellState) -> None: ...
     def end(self) -> None: ...
+
+
+class Logged(Listener):
+    """Tells Python's log, for who calls from Python: warnings, which stand below a notebook's cell unless somebody asks
+    for less, and how it goes at the level INFO."""
+
+    def say(self, text: str) -> None:
+        logger.warning("%s", text)
+
+    def begin(self, cells: list[CellState], title: str) -> None:
+        self.ended = {cell.id for cell in cells if cell.state in ("finished", "failed")}
+        logger.info("%s: %s, %d finished before", title, counted(len(cells), "cell"), len(self.ended))
+
+    def doing(self, text: str) -> None:
+        logger.info("preparing %s", text)
+
+    def update(self, cell: CellState) -> None:
+        if cell.state not in ("finished", "failed") or cell.id in self.ended:
+            return
+        self.ended.add(cell.id)
+        told = f"{cell.accuracy:.2f} %" if cell.state == "finished" else f"failed: {cell.message}"
+        logger.info("%s: %s", cell.label, told)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 # Of one sample, without the batch.
@@ -43,6 +44,11 @@ def labelled_logits(student: Tensor, teacher: Tensor, labels: Tensor, loss: str)
             f"{loss} needs logits [N, K] of at least two classes with class indices [N]: "
             f"student {shape(student)}, labels {shape(labels)} of {labels.dtype}"
         )
+
+
+def at_labels(logits: Tensor, labels: Tensor) -> Tensor:
+    """Which of the logits [N, K] are those of the labels. A label that is no class is torch's error, as in `gather`."""
+    return torch.zeros_like(logits, dtype=torch.bool).scatter(1, labels.unsqueeze(1), True)
 
 
 def positive(value: float | Tensor, name: str = "temperature") -> None:

@@ -7,7 +7,7 @@ arXiv 1909.11723.
 import torch
 from torch import Tensor
 
-from kdbench.losses.checks import full, labelled_logits, positive, share
+from kdbench.losses.checks import at_labels, full, labelled_logits, positive, share
 from kdbench.losses.kd import kd
 
 
@@ -73,6 +73,5 @@ def virtual_teacher(
     share(correct, "correct")
     logits = full(student_logits)
     classes = logits.shape[1]
-    right = torch.arange(classes, device=logits.device) == labels.unsqueeze(1)
-    teacher = torch.where(right, correct, torch.zeros_like(logits) + (1 - correct) / (classes - 1))
+    teacher = torch.where(at_labels(logits, labels), correct, torch.zeros_like(logits) + (1 - correct) / (classes - 1))
     return kd_over_elements(logits / student_temperature, teacher / temperature, 1.0)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdbench.losses.checks import at_least_one, full, labelled_logits, positive, same_shape, shape
+from kdbench.losses.checks import at_labels, at_least_one, full, labelled_logits, positive, same_shape, shape
 from kdbench.losses.features import inner_products
 
 
@@ -129,7 +129,7 @@ def wasserstein_logits(
     if not isinstance(teacher_classifier, nn.Linear):
         raise ValueError(f"wasserstein_logits needs a linear classifier, not {type(teacher_classifier).__name__}")
     cost = class_distances(teacher_classifier.weight.detach(), sharpness).relu() + 1e-8
-    others = torch.arange(student_logits.shape[1], device=labels.device) != labels.unsqueeze(1)
+    others = ~at_labels(student_logits, labels)
     own, taught = (
         F.softmax(full(logits).masked_fill(~others, -torch.inf) / temperature, dim=1)
         for logits in (student_logits, teacher_logits.detach())

@@ -92,7 +92,8 @@ def _protocol(recipe: Recipe, tree: Tree, data: DataSpec, registry: Registry) ->
     merged = merged.merged(own)
     card = validated(ProtocolCard, merged, f"protocol '{name}'", ("protocol",))
     normalization = card.normalization or data.normalization
-    check_channels(normalization, data, tree.origin(("protocol",)))
+    hint = "'protocol.normalization=null' takes that of the data card"
+    check_channels(normalization, data, tree.origin(("protocol",)), hint)
     views: dict[str, Any] = {
         part: _augmentation(chosen, merged.at(part) if part in merged.data else Tree.of({}, name), data, registry)
         for part in ("augmentation", "second")

@@ -119,10 +119,10 @@ def spec_of_card(name: str, registry: Registry, **more: Any) -> DataSpec:
     return spec
 
 
-def check_channels(normalization: Normalization, data: DataSpec, where: str) -> None:
+def check_channels(normalization: Normalization, data: DataSpec, where: str, hint: str = "") -> None:
     """Raises UserError for a normalization of another number of channels."""
     if len(normalization.mean) != data.channels or len(normalization.std) != data.channels:
         what = (
             f"normalization of {counted(len(normalization.mean), 'channel')} for the {data.channels} of '{data.name}'"
         )
-        raise UserError(what, where)
+        raise UserError(what, where, hint)

@@ -57,8 +57,7 @@ def load(recipe: str | Path | dict[str, object], overrides: Iterable[str] = ()) 
         overrides: texts `dotted.path=value`, the value in YAML.
     """
     if isinstance(recipe, dict):
-        tree = written_out(Tree.of(recipe, "recipe"), recipe=True)
-        _check_keys(tree)
+        tree = _over_included(Tree.of(recipe, "recipe"), Path(), ())
     else:
         tree = _load_file(find(str(recipe)), ())
     over: dict[str, str] = {}
@@ -147,16 +146,20 @@ def _load_file(file: Path, seen: tuple[Path, ...]) -> Tree:
     if not isinstance(tree.data, dict) or not tree.data:
         hint = "'kdbench cp quickstart my.yaml' writes one to begin with"
         raise UserError("a recipe is a mapping of keys to values", where=str(file), hint=hint)
-    given, tree = tree, written_out(tree, recipe=True)
-    base = Tree({}, {})
+    return _over_included(tree, file.parent, (*seen, file.resolve()))
+
+
+def _over_included(given: Tree, folder: Path, seen: tuple[Path, ...]) -> Tree:
+    """A recipe laid over those that it includes, which are looked for in a folder first."""
+    base, tree = Tree({}, {}), written_out(given, recipe=True)
     for name in listed(tree.data.get("include", [])):
         if not isinstance(name, str):
             raise UserError("'include' names a recipe, or a list of recipes", where=tree.origin(("include",)))
         try:
-            included = find(name, file.parent)
+            included = find(name, folder)
         except UserError as error:
             raise UserError(error.what, where=tree.origin(("include",)), hint=error.hint) from None
-        base = base.merged(_load_file(included, (*seen, file.resolve())))
+        base = base.merged(_load_file(included, seen))
     own = tree.without("include")
     _check_keys(own)
     if not base.data:

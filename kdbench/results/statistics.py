@@ -141,6 +141,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+@np.errstate(under="ignore")
 def power(effect: float, n: int, alpha: float = 0.05) -> float:
     """Power of the two-sided paired t test with n pairs: 1 − P(|T| ≤ critical) for T of the noncentral t distribution.
 

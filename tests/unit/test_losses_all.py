@@ -271,6 +271,16 @@ def test_a_module_takes_half_precision(
     assert found[0].dtype == torch.float32 and found[0].isfinite() and torch.equal(*found)
 
 
+@pytest.mark.parametrize("label", [-1, 5])
+@pytest.mark.parametrize("name", [*LABELLED, "virtual_teacher"])
+def test_a_label_that_is_no_class_is_an_error(name: str, label: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A comparison with all classes would find none, and the loss would be finite."""
+    monkeypatch.setitem(globals(), "LABELS", LABELS.clone().index_fill_(0, torch.tensor(2), label))
+    loss = LABELLED.get(name, lambda student, _: losses.virtual_teacher(student, LABELS))
+    with pytest.raises((IndexError, RuntimeError), match="out of (bounds|range)"):
+        loss(*logits())
+
+
 def test_every_card_of_a_loss_names_what_the_package_exports() -> None:
     registry = Registry()
     targets = {registry.card("losses", name).target for name in registry.trees["losses"]}

@@ -31,9 +31,9 @@ from kdbench.cards import LossCard, MethodCard
 from kdbench.cli import analyse, check, output, publish
 from kdbench.cli import show as showing
 from kdbench.cli.console import show
-from kdbench.cli.options import check_device
 from kdbench.engine.checks.cells import check_cell
 from kdbench.engine.computing.device import available_memory, peak_resident
+from kdbench.engine.options import check_device
 from kdbench.engine.workers.messages import Failed
 from kdbench.engine.workers.worker import Worker
 from kdbench.errors import UserError, counted

@@ -30,7 +30,8 @@ from kdbench.engine import checkpoint
 from kdbench.engine.cell import TrainingCell
 from kdbench.engine.computing.compute import REFERENCE
 from kdbench.engine.networks.weights import save_tensors
-from kdbench.engine.options import Options
+from kdbench.engine.options import Listener, Options
+from kdbench.engine.scheduling import CellState
 from kdbench.engine.teachers.anchors import keep_checkpoint
 from kdbench.engine.workers.pool import worker_process
 from kdbench.engine.workers.runner import Outcome
@@ -50,6 +51,7 @@ from kdbench.files import (
     workplace,
 )
 from kdbench.recipe.loading import load
+from kdbench.recipe.planning import Plan
 from kdbench.record import read_records, unfinished
 from kdbench.registry import Registry
 from kdbench.results.tables import build
@@ -322,7 +324,7 @@ def test_one_text_is_no_list_of_letters(runs: Path, monkeypatch: pytest.MonkeyPa
 def test_data_roots_are_one_or_several(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Options] = []
 
-    def stop(planned: object, how: Options) -> None:
+    def stop(planned: object, how: Options, told: Listener | None = None) -> None:
         given.append(how)
         raise UserError("enough")
 
@@ -331,6 +333,42 @@ def test_data_roots_are_one_or_several(monkeypatch: pytest.MonkeyPatch) -> None:
         kdbench.run("quickstart", data_roots="pictures", runs="~/runs")
     assert given[0].data_roots == (Path("pictures"),)
     assert given[0].runs == Path("~/runs").expanduser()
+    with pytest.raises(UserError, match="enough"):
+        kdbench.run("quickstart", device=torch.device("cuda:1"))
+    assert given[1].device == "cuda:1"
+    with pytest.raises(UserError, match="unknown device 'tpu'"):
+        kdbench.run("quickstart", device="tpu")
+
+
+def test_what_nobody_should_miss_goes_to_the_log(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The API has no other place for warnings; how it goes is there for who asks."""
+
+    def stop(planned: Plan, how: Options, told: Listener | None = None) -> None:
+        told = told or Listener()
+        told.say("always the same class")
+        cells = [CellState(cell, at, Path(), f"kd, seed {at}") for at, cell in enumerate(planned.cells[:2])]
+        told.begin(cells, "title")
+        for cell in cells:
+            cell.state, cell.accuracy = "running", 12.345
+            told.update(cell)
+        cells[0].state, cells[1].state, cells[1].message = "finished", "failed", "no memory"
+        for cell in [*cells, *cells]:
+            told.update(cell)
+        raise UserError("enough")
+
+    monkeypatch.setattr("kdbench.engine.workers.runner.run", stop)
+    recipe = {"data": "digits", "student": "wrn_10_1", "method": "ce", "seeds": 2, "steps": 1, "epochs": None}
+    normalization = {"mean": [0.0], "std": [1.0]}
+    with caplog.at_level("INFO", "kdbench"), pytest.raises(UserError, match="enough"):
+        kdbench.run(recipe, {"protocol": {"name": "digits", "normalization": normalization}})
+    warned = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
+    assert len(warned) == 2
+    assert warned[0].startswith("note: the student's images are normalized by")
+    assert warned[1] == "always the same class"
+    informed = [one.getMessage() for one in caplog.records if one.levelname == "INFO"]
+    assert informed == ["title: 2 cells, 0 finished before", "kd, seed 0: 12.35 %", "kd, seed 1: failed: no memory"]
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,24 @@ def test_the_later_of_two_budgets_holds(tmp_path: Path) -> None:
     assert plan(tmp_path / "own.yaml", REGISTRY).cells[0].spec.protocol.steps == 7
 
 
+def test_a_dictionary_includes_recipes_as_a_file_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base.yaml").write_text("include: quickstart\nseeds: 2\ndata: {per_class: 3}\n")
+    own: dict[str, object] = {"include": "base.yaml", "compare": {"method": ["ce", "kd"]}, "data": {"per_class": 4}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
+    assert load(own).data == load(tmp_path / "own.yaml").data
+    assert load(own).data["data"] == {"name": "digits", "per_class": 4}
+    with pytest.raises(UserError, match="there is no recipe 'quickstar'"):
+        load({"include": "quickstar"})
+
+
+def test_a_protocols_normalization_for_other_images_is_refused_with_what_to_do() -> None:
+    with pytest.raises(UserError, match="normalization of 3 channels for the 1 of 'digits'") as error:
+        one(protocol="ab_official")
+    assert "'protocol.normalization=null'" in str(error.value)
+    assert one("protocol.normalization=null", protocol="ab_official").protocol.normalization is not None
+
+
 @pytest.mark.parametrize(
     "change",
     ["method.temperature=2.0", "protocol.optimizer.lr=0.2", "data.per_class=5", "seeds=[1]", "steps=5",

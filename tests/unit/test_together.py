@@ -99,3 +99,24 @@ def test_weights_and_logits_beside_a_record_are_of_the_average_that_was_tested(t
     pixels = (data.test_images / 255 - torch.tensor(given.mean)) / torch.tensor(given.std)
     torch.testing.assert_close(load_student(tmp_path / "0")(pixels).detach(), kept, atol=5e-3, rtol=5e-3)
     assert 100 * (kept.argmax(1) == data.test_labels).float().mean().item() == pytest.approx(result.test.last, abs=0.3)
+    _is_the_same_whatever_is_set_for_all_of_torch(tmp_path / "0", pixels)
+
+
+def _is_the_same_whatever_is_set_for_all_of_torch(folder: Path, pixels: torch.Tensor) -> None:
+    """As a notebook may have: the network is in float32, on the CPU, and learns."""
+    expected, before = load_student(folder)(pixels), torch.get_default_dtype()
+    for dtype, device, inference in (
+        (torch.bfloat16, "cpu", False),
+        (torch.float64, "meta", False),
+        (before, "cpu", True),
+    ):
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device), torch.inference_mode(inference):
+                student = load_student(read_record(folder))
+            assert torch.get_default_dtype() == dtype
+        finally:
+            torch.set_default_dtype(before)
+        assert torch.equal(student(pixels), expected)
+        student(pixels).sum().backward()
+        assert all(one.grad is not None for one in student.parameters())

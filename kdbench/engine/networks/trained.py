@@ -1,8 +1,10 @@
 """The trained network of a finished cell."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from kdbench.engine.networks.build import build_model
@@ -15,6 +17,19 @@ from kdbench.record import WhichWeights, read_record, student_file
 from kdbench.registry import Registry
 
 
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """Float32, on the CPU, and to be trained further, whatever a notebook has set for all of torch."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"), torch.inference_mode(False):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@plain_torch()
 def load_student(
     folder: Path, registries: str | Path | Iterable[str | Path] = (), weights: WhichWeights = "last"
 ) -> nn.Module:
