@@ -1,4 +1,4 @@
-"""The look of every plot, and how one is saved as PNG or put into a page as SVG.
+"""The look of every plot, and how one is saved as PNG or PDF or put into a page as SVG.
 
 For tables and for single methods alike.
 """
@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from html import escape
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -30,6 +30,7 @@ COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#5
 MARKERS = "osD^vP*X<>"
 LINES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1.2, 1.5)), (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)))
 DPI = 160
+PictureForm = Literal["png", "pdf"]
 # Colours in the palette of a plot, and the share of its pixels that this may change.
 PALETTE = 128
 MOST_CHANGED = 0.15
@@ -62,6 +63,8 @@ def style() -> Iterator[None]:
                 "text.parse_math": False,
                 "font.sans-serif": ["DejaVu Sans"],
                 "svg.fonttype": "none",
+                # Publishers refuse matplotlib's default, fonts of type 3.
+                "pdf.fonttype": 42,
             }
         )
         yield
@@ -83,11 +86,24 @@ def panels(count: int, across: int, size: tuple[float, float], sharey: bool = Fa
 
 
 def save(figure: Figure, file: str | Path) -> Path:
-    """Lay the figure out and write the PNG atomically, without a date or a version in it."""
+    """Lay the figure out and write it atomically, as PDF if the file is called so, else as PNG.
+
+    There is no date and no version in it.
+    """
+    _lay_out(figure)
+    file = Path(file)
+    if file.suffix == ".pdf":
+        with atomic(file) as temporary:
+            figure.savefig(temporary, format="pdf", metadata=dict.fromkeys(("Creator", "Producer", "CreationDate")))
+    else:
+        _save_pixels(figure, file)
+    return file
+
+
+def _save_pixels(figure: Figure, file: Path) -> None:
     from PIL import Image
 
-    _lay_out(figure)
-    file, stream = Path(file), io.BytesIO()
+    stream = io.BytesIO()
     figure.savefig(stream, format="png", metadata={"Software": None})
     drawn = Image.open(stream).convert("RGB")
     # A plot has few colours: with a palette its file is a third as large, and only shades at edges change. Photographs
@@ -97,7 +113,6 @@ def save(figure: Figure, file: str | Path) -> Path:
     with atomic(file) as temporary:
         picture = few if changed < MOST_CHANGED else drawn
         picture.save(temporary, format="PNG", optimize=True, dpi=(DPI, DPI))
-    return file
 
 
 def svg(figure: Figure, title: str, name: str) -> str:

@@ -86,6 +86,7 @@ def _explain(model: type[BaseModel], finding: Any, loc: Path, within: Path | Non
     if kind == "model_type":
         keys = fields_at(model, loc)
         hint = f"it has the keys {', '.join(keys)}" if keys else message
+        hint += "; 'weight: 0' switches it off" if value is None and "weight" in keys else ""
         # The name of a thing may stand for it: of one called 2024 too.
         unquoted = "name" in keys and isinstance(value, bool | int | float | date)
         return f"{place}cannot be {shown}", f"{hint}; {_IN_QUOTES}" if unquoted else hint

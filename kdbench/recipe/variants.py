@@ -58,17 +58,23 @@ def variants(recipe: Recipe, tree: Tree) -> Iterator[Variant]:
     if tried > MOST_CELLS:
         hint = "take fewer 'trials' or seeds of 'tune', or compare less"
         raise UserError(f"{tried:,} cells to tune by, more than {MOST_CELLS:,}", tree.origin(("tune",)), hint)
-    for combination in itertools.product(*recipe.compare.values()):
-        yield _variant(tree, dict(zip(recipe.compare, combination, strict=True)))
+    for combination in itertools.product(*map(enumerate, recipe.compare.values())):
+        chosen = dict(zip(recipe.compare, combination, strict=True))
+        places = {path: tree.origin(("compare", path, n)) for path, (n, _) in chosen.items()}
+        yield _variant(tree, {path: value for path, (_, value) in chosen.items()}, places)
 
 
-def _variant(tree: Tree, combination: dict[str, Any]) -> Variant:
-    """The recipe of one combination. A compared method is put first: other paths may go into it."""
+def _variant(tree: Tree, combination: dict[str, Any], places: dict[str, str]) -> Variant:
+    """The recipe of one combination. A compared method is put first: other paths may go into it.
+
+    Args:
+        places: where each of its values stands.
+    """
     axes = dict(combination)
     shared: set[str] = set()
     own: frozenset[str] = frozenset()
     if "method" in combination:
-        where = tree.origin(("compare", "method"))
+        where = places["method"]
         given = written_out(Tree.of({"method": combination["method"]}, where))
         method = given.data["method"]
         if not isinstance(method, dict) or not isinstance(method.get("name"), str):
@@ -84,7 +90,7 @@ def _variant(tree: Tree, combination: dict[str, Any]) -> Variant:
     # A name alone replaces what other paths say of its options.
     for path, value in sorted(combination.items(), key=lambda pair: pair[0].count(".")):
         if path != "method":
-            tree = put(tree, path, value, tree.origin(("compare", path)))
+            tree = put(tree, path, value, places[path])
             shared |= {path.split(".")[1]} if path.startswith("method.") else set()
     return Variant(tree, axes, frozenset(shared), own)
 

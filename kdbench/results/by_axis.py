@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdbench.drawing import PictureForm
 from kdbench.reading import inside
 from kdbench.record import Metric, Record
 from kdbench.results import statistics
@@ -22,21 +23,21 @@ FEWEST_VALUES = 3
 SPAN_OF_VALUES, SPAN_OF_ERRORS = 10, 4
 
 
-def errors_by_axis(records: Iterable[Record], folder: Path) -> list[Path]:
-    """Test error over the numbers that the columns compare (budgets, shares of the data): a PNG file named after them.
+def errors_by_axis(records: Iterable[Record], folder: Path, form: PictureForm = "png") -> list[Path]:
+    """Test error over the numbers that the columns compare (budgets, shares of the data): a file named after them.
 
     No file where the columns differ in something else, or are fewer than three.
     """
     comparison = compare(records)
     if not (panels := axis_panels(comparison)):
         return []
-    file = inside(folder, file_of(comparison.axes[0]))
+    file = inside(folder, file_of(comparison.axes[0], form))
     return [save(comparison, panels, file, 2, (6.0, 4.2), legend="beside" if len(panels) > 1 else "below")]
 
 
-def file_of(axis: Axis) -> str:
+def file_of(axis: Axis, form: PictureForm = "png") -> str:
     """The name of an axis's chart."""
-    return f"by_{axis.name.replace(' ', '_')}.png"
+    return f"by_{axis.name.replace(' ', '_')}.{form}"
 
 
 def axis_panels(comparison: Comparison, metric: Metric = "last") -> list[Panel]:

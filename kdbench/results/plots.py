@@ -1,8 +1,8 @@
 """Charts of a comparison: learning curves, metrics over training, accuracies of all seeds.
 
-Each chart is a panel that is drawn onto axes: several of them make a PNG file, one of them an SVG in the page. The same
-records give the same bytes, in any order. Methods differ by colour (Okabe and Ito's palette, safe for colour-blind
-readers), marker and line style, so that charts can be read in grey too.
+Each chart is a panel that is drawn onto axes: several of them make a PNG or PDF file, one of them an SVG in the page.
+The same records give the same bytes, in any order. Methods differ by colour (Okabe and Ito's palette, safe for
+colour-blind readers), marker and line style, so that charts can be read in grey too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 import numpy as np
 
 from kdbench import drawing
-from kdbench.drawing import COLOURS, LINES, MARKERS
+from kdbench.drawing import COLOURS, LINES, MARKERS, PictureForm
 from kdbench.reading import inside
 from kdbench.record import Record
 from kdbench.results import statistics
@@ -69,11 +69,11 @@ def look_of(comparison: Comparison, row: Row) -> Look:
 
 
 def learning_curves(records: Iterable[Record], file: str | Path) -> Path:
-    """Test accuracy over epochs as a PNG file.
+    """Test accuracy over epochs as a file.
 
     Args:
         records: read from folders that hold metrics.jsonl.
-        file: the PNG to write.
+        file: the PNG or PDF to write.
 
     Raises:
         UserError: a record without metrics.
@@ -84,8 +84,8 @@ def learning_curves(records: Iterable[Record], file: str | Path) -> Path:
     return save(comparison, panels, file, 2, (4.7, 3.2), legend=legend)
 
 
-def metric_curves(records: Iterable[Record], folder: Path) -> list[Path]:
-    """Every metric that the records hold over epochs: a PNG file for each, named after the metric.
+def metric_curves(records: Iterable[Record], folder: Path, form: PictureForm = "png") -> list[Path]:
+    """Every metric that the records hold over epochs: a file for each, named after the metric.
 
     Raises:
         UserError: a record without metrics.
@@ -93,7 +93,7 @@ def metric_curves(records: Iterable[Record], folder: Path) -> list[Path]:
     comparison = compare(records)
     log = logs(comparison)
     found = metrics_of(log).items()
-    files = {metric: inside(folder, f"{metric}.png") for metric, _ in found}
+    files = {metric: inside(folder, f"{metric}.{form}") for metric, _ in found}
     return [
         save(comparison, metric_panels(comparison, log, metric), files[metric], len(points), (3.5, 3.0), True)
         for metric, points in found
@@ -101,7 +101,7 @@ def metric_curves(records: Iterable[Record], folder: Path) -> list[Path]:
 
 
 def final_accuracies(records: Iterable[Record], file: str | Path) -> Path:
-    """Final test accuracy of every seed as a PNG file.
+    """Final test accuracy of every seed as a file.
 
     A point for each, with mean and ± one deviation, a line for each method, a panel for each column.
     """
@@ -194,7 +194,7 @@ def save(
     sharey: bool = False,
     legend: Legend | None = "below",
 ) -> Path:
-    """Draw panels into a PNG file.
+    """Draw panels into a file.
 
     Args:
         legend: one below all panels, or, where that would be too long, one beside the last of panels that show the same

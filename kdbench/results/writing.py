@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from kdbench.drawing import PictureForm
 from kdbench.errors import UserError
 from kdbench.files import RECORD, write_text
 from kdbench.record import Record, read_record, read_records
@@ -57,11 +58,11 @@ def write_files(
     return [out / name for name in written]
 
 
-def write_plots(records: Sequence[Record], out: Path) -> list[Path]:
-    """Learning curves, every metric that was logged, errors along an axis of numbers and final accuracies as PNG."""
+def write_plots(records: Sequence[Record], out: Path, form: PictureForm = "png") -> list[Path]:
+    """Learning curves, every metric that was logged, errors along an axis of numbers and final accuracies."""
     return [
-        learning_curves(records, out / "learning_curves.png"),
-        *metric_curves(records, out),
-        *errors_by_axis(records, out),
-        final_accuracies(records, out / "final_accuracies.png"),
+        learning_curves(records, out / f"learning_curves.{form}"),
+        *metric_curves(records, out, form),
+        *errors_by_axis(records, out, form),
+        final_accuracies(records, out / f"final_accuracies.{form}"),
     ]

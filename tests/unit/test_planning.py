@@ -75,6 +75,25 @@ def test_two_settings_of_a_method_are_told_apart() -> None:
         planned(compare={"method": [{"name": "kd", "label": label} for label in "XY"]})
 
 
+@pytest.mark.parametrize(
+    ("path", "bad", "says", "hints"),
+    [
+        ("method", "{name: kd, temprature: 2.0}", "unknown key 'temprature'", "temperature"),
+        ("method", "{name: kd, stages: {classification: {losses: {ce: null}}}}", "ce' cannot be None", "weight: 0"),
+        ("protocol", "{name: digits, batch: 2}", "unknown key 'batch'", "batch_size"),
+    ],
+)
+def test_one_of_several_values_has_its_own_line(tmp_path: Path, path: str, bad: str, says: str, hints: str) -> None:
+    file = tmp_path / "mine.yaml"
+    rest = DIGITS | ({} if path == "method" else {"method": "kd"})
+    good = {"method": "kd_only", "protocol": "crd"}[path]
+    lines = ["compare:", f"  {path}:", f"    - {good}", f"    - {bad}", *yaml.safe_dump(rest).splitlines()]
+    file.write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(UserError, match=re.escape(says)) as error:
+        plan(file, REGISTRY)
+    assert error.value.where == f"{file}:4" and hints in (error.value.hint or "")
+
+
 def test_a_cell_is_called_by_its_values_in_words() -> None:
     axes = {"protocol.schedule": {"name": "constant"}, "data.per_class": None, "method.beta": 3, "data.fraction": 0.1}
     assert cell_name("KD", axes) == "KD, protocol.schedule constant, data.per_class none, data.fraction 0.1"

@@ -17,6 +17,7 @@ from PIL import Image
 from synthetic import make, plain_record, write
 
 from kdbench import drawing
+from kdbench.cli import plot
 from kdbench.errors import UserError
 from kdbench.record import Record, read_records
 from kdbench.results import costs, plots
@@ -24,6 +25,7 @@ from kdbench.results.comparison import Row, compare
 from kdbench.results.curves import last_quarter
 from kdbench.results.tables import build
 from kdbench.results.writing import write_tables_and_plots
+from kdbench.verify import sums
 
 LABELS = {"ce": "student", "kd": "KD", "hint": "FitNets (one stage)", "ab": "AB"}
 
@@ -326,6 +328,21 @@ def test_the_last_digits_of_a_layout_are_not_seen(tmp_path: Path, monkeypatch: p
         return plots.final_accuracies([make()], tmp_path / "picture.png").read_bytes()
 
     assert drawn(1e-12) == drawn(-1e-12) != drawn(1.0)
+
+
+def test_plots_as_pdf_have_letters_and_no_fonts_that_publishers_refuse(tmp_path: Path) -> None:
+    run(tmp_path / "runs")
+    before = sums.write(tmp_path / "runs").read_bytes()
+    for folder in ("first", "second"):
+        plot.command([tmp_path / "runs"], tmp_path / folder, "pdf")
+    first, second = (
+        {file.name: file.read_bytes() for file in (tmp_path / folder).iterdir()} for folder in ("first", "second")
+    )
+    assert first == second and {*first} == {"learning_curves.pdf", "agreement.pdf", "final_accuracies.pdf"}
+    for content in first.values():
+        assert content.startswith(b"%PDF") and b"/CIDFontType2" in content and b"/Type3" not in content
+    plot.command([tmp_path / "runs"], None, "pdf")
+    assert (tmp_path / "runs" / "SHA256SUMS").read_bytes() == before
 
 
 def test_the_users_matplotlib_settings_stay_out_and_stay_theirs(tmp_path: Path) -> None:
