@@ -299,22 +299,29 @@ _AT_WORK, BEFORE = ".lock", "before"
 def workplace(target: Path) -> Iterator[Path]:
     """A hidden folder beside `target`, in which to make what takes its place. It is removed at the end.
 
-    What killed processes left of theirs goes first. One that was killed when it had moved what was there to `BEFORE`
-    gives that back.
+    Who had moved what was there to `BEFORE`, and put nothing in its place, gives that back. What killed processes left
+    of theirs goes first.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     for left in target.parent.glob(f".{glob.escape(target.name)}.????????"):
         # Nobody makes anything there without holding the lock.
         if {file.name for file in left.glob("*")} > {_AT_WORK}:
             with suppress(UserError, OSError), locked(left / _AT_WORK, 0, UserError("somebody works there")):
-                if (left / BEFORE).exists() and not target.exists():
-                    (left / BEFORE).rename(target)
+                _give_back(left, target)
                 shutil.rmtree(left)
     with (
         tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary,
         locked(Path(temporary) / _AT_WORK, -1, UserError("somebody works there", temporary)),
     ):
-        yield Path(temporary)
+        try:
+            yield Path(temporary)
+        finally:
+            _give_back(Path(temporary), target)
+
+
+def _give_back(place: Path, target: Path) -> None:
+    if (place / BEFORE).exists() and not target.exists():
+        (place / BEFORE).rename(target)
 
 
 def sweep(folder: Path) -> None:

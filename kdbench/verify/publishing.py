@@ -69,16 +69,11 @@ def publish(
 
 def _take_the_place(made: Path, target: Path, before: Path) -> None:
     """Put a copy in the place of an earlier one, which goes to `before`, with what somebody put there: notes, pictures,
-    whatever no publishing summed up."""
+    whatever no publishing summed up. The workplace gives it back where this is cut off."""
     if target.exists():
         _copy_own(target, made)
         target.rename(before)
-    try:
-        made.rename(target)
-    except BaseException:
-        if before.exists():
-            before.rename(target)
-        raise
+    made.rename(target)
 
 
 def _copy_own(target: Path, made: Path) -> None:

@@ -158,8 +158,7 @@ def _logits(folder: Folder, cell: Callable[[str], CellSpec], roots: Iterable[Pat
         numbers = {name: recorded_numbers(record, folder.histories.get(name, [])) for name, record in held.items()}
         found = counted_again(held, numbers, data, roots)
     except UserError as error:
-        what = f"results were not counted again, for want of labels: {error.what}"
-        yield Finding("unchecked", what, LOGITS, check)
+        yield Finding("unchecked", f"results were not counted again, for want of labels: {error.what}", LOGITS, check)
         return
     if foreign := len(held) - len(found):
         what = f"{foreign} of {len(held)} are not of the test images that are here: not counted again"
@@ -301,14 +300,17 @@ def _tables(folder: Folder) -> Iterator[Finding]:
     except UserError as error:
         yield Finding("disagrees", f"no table can be made of the records: {error.what}", "table.md")
         return
+    other = False
     for name, text in made.items():
-        file = folder.path / name
-        if not file.is_file():
+        if not (file := folder.path / name).is_file():
             yield Finding("disagrees", "it is not there", name)
             continue
         there = without_charts(file.read_bytes().decode("utf-8", "replace"))
         if there != text and not (name == "table.tex" and there in latex_forms(table, there)):
+            other = True
             yield Finding("disagrees", "it is not what the records give", name)
+    if other:
+        yield Finding("remark", f"'kdbench table {folder.path} --out {folder.path}' writes this version's", "table")
     yield Finding("agrees", "made again from the records, the page without its charts", ", ".join(made))
 
 

@@ -156,24 +156,31 @@ def test_publishing_again_keeps_what_somebody_else_put_there(tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("no_tables")
+@pytest.mark.parametrize("interrupted", [False, True])
 def test_a_publishing_that_fails_at_its_end_leaves_the_earlier_copy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    interrupted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also where an interrupt comes while that is out of its place."""
     run = tmp_path / "r"
     leave(run / "kd-seed0-aaaaaaaa", "a" * 64)
     (run / "recipe.json").write_text(json.dumps({"name": "r", "cells": ["kd-seed0-aaaaaaaa"]}))
     made = publish(run, tmp_path / "out")
+    (made / "notes.txt").write_text("mine")
     before = {file: file.read_bytes() for file in made.rglob("*") if file.is_file()}
     rename = Path.rename
 
     def failing(self: Path, target: Path) -> Path:
         if self.name == made.name and target == made:
             raise OSError("no space left")
-        return rename(self, target)
+        moved = rename(self, target)
+        if self == made and interrupted:
+            raise KeyboardInterrupt
+        return moved
 
     monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(KeyboardInterrupt if interrupted else OSError):
         publish(run, tmp_path / "out")
+    assert [file.name for file in made.parent.iterdir()] == [made.name]
     assert {file: file.read_bytes() for file in made.rglob("*") if file.is_file()} == before
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import importlib
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,10 +21,13 @@ from shipped import DIGITS
 from tiny import member_of, shortened, train
 
 from kdbench.engine.checks.cells import Known, check_cell
+from kdbench.engine.computing.compute import REFERENCE
+from kdbench.engine.finish import git_state
 from kdbench.engine.program import Program
 from kdbench.engine.workers import messages
 from kdbench.engine.workers.tasks import TaskRunner
-from kdbench.errors import SharedChange, UserError
+from kdbench.engine.workers.versions import versions
+from kdbench.errors import CellError, SharedChange, UserError
 from kdbench.own_code import _packages_with_cards, own_code_sha256
 from kdbench.recipe.planning import plan
 from kdbench.recipe.specs import CellSpec
@@ -666,3 +671,40 @@ def test_a_module_of_two_registries_that_own_code_imports_is_refused(folder: Pat
     (second / "own_tools.py").write_text("WIDTH = 5\n")
     with pytest.raises(UserError, match=f"{second / 'own_tools.py'} would not be used, for Python takes {first}"):
         Registry([second]).card("models", "own")
+
+
+def test_code_that_changed_after_a_run_had_begun_is_not_trained(folder: Path, tmp_path: Path) -> None:
+    """A worker that begins later would import what stands there by then; one that took it before goes on with it."""
+    file, method = folder / "own_losses.py", {"title": "own", "stages": [{"name": "training", "losses": {}}]}
+    method["stages"][0]["losses"]["own"] = {"loss": "own_losses:tempered", "hook": "logits", "student_temp": 2.0}
+    spec = spec_of(registry(folder, {"methods": {"own": method}}, own_losses=LOSSES), method="own")
+    here: dict[str, Any] = {"threads": 1, "device": "cpu"}
+    task = messages.CheckCells(specs=[spec], **here, settings=messages.Settings(versions=versions()))
+    before = TaskRunner(lambda event: None, lambda: False)
+    before.run(task)
+    file.write_text(LOSSES.replace("/ student_temp", "/ student_temp / 2"))
+    before.run(task)
+    train = messages.TrainCells(
+        cells=[messages.CellTask(id=0, folder=tmp_path / "cell", spec=spec, names={})],
+        computing=REFERENCE, logits="", teacher_folder=None, shared=tmp_path, **here,
+    )  # fmt: skip
+    for order, error in ((task, UserError), (train, CellError)):
+        with pytest.raises(error, match="the code of 'own_losses:tempered' was changed after this run had begun"):
+            TaskRunner(lambda event: None, lambda: False).run(order)
+    file.write_text(LOSSES)
+    TaskRunner(lambda event: None, lambda: False).run(task)
+    other = messages.Settings(versions=versions() | {"files": "0" * 12})
+    with pytest.raises(UserError, match="kdbench was changed after this run had begun"):
+        before.run(task.model_copy(update={"settings": other}))
+
+
+def test_a_record_names_the_commit_that_was_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the one that somebody pulled while a long run went on."""
+    at = {"commit": "loaded"}
+    monkeypatch.setattr(subprocess, "run", lambda words, **how: SimpleNamespace(stdout=at.get("commit", "")))
+    git_state.cache_clear()
+    TaskRunner(lambda event: None, lambda: False)
+    at["commit"] = "pulled"
+    found = git_state()
+    git_state.cache_clear()
+    assert found is not None and found["commit"] == "loaded"

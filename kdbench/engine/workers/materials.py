@@ -18,6 +18,7 @@ from kdbench.engine.teachers.loading import load_teacher, untrained_teacher
 from kdbench.engine.teachers.logit_files import table_at
 from kdbench.engine.teachers.teacher import Teacher
 from kdbench.engine.workers.messages import Settings
+from kdbench.engine.workers.unchanged import CodeAsPlanned
 from kdbench.errors import CellError, UserError
 from kdbench.recipe.model_specs import DataSpec
 from kdbench.recipe.specs import CellSpec, TeacherSpec
@@ -27,12 +28,13 @@ class Materials:
     """Reads data and teachers, and keeps the data for the next task.
 
     Attributes:
-        settings, device: those of the present order.
+        settings, device: those of the present order. code: what this process has imported.
     """
 
     def __init__(self) -> None:
         self.settings, self.device = Settings(), torch.device("cpu")
         self._data: dict[str, AnyData] = {}
+        self.code = CodeAsPlanned()
 
     def data(self, spec: DataSpec, download: bool = True) -> AnyData:
         """A data set. UserError where it cannot be read, or is another one than the run has."""

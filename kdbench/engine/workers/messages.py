@@ -52,6 +52,7 @@ class Settings(Message):
         ranks: processes that train every cell together. sync_batch_norm: whether their batch norms take the whole
             batch.
         given: data sets by `DataSpec.images_key`, for workers elsewhere.
+        versions: of kdbench and what it needs, in whoever sends the tasks (`versions`); empty: not known.
         tables: where these find tables of teacher logits; None: where this machine keeps its own.
     """
 
@@ -62,6 +63,7 @@ class Settings(Message):
     ranks: int = 1
     sync_batch_norm: bool = False
     given: dict[str, GivenData] = {}
+    versions: dict[str, str] = {}
     tables: Path | None = None
 
 

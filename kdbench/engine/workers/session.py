@@ -19,6 +19,7 @@ from kdbench.engine.workers import messages
 from kdbench.engine.workers.finished import DataHere, check_teacher, names, take
 from kdbench.engine.workers.pool import Pool
 from kdbench.engine.workers.ray_pool import RayPool
+from kdbench.engine.workers.versions import versions
 from kdbench.errors import UserError
 from kdbench.files import SOURCES, failed, home, locked
 from kdbench.recipe.planning import Plan, PlannedCell
@@ -43,6 +44,7 @@ class Session:
             checkpoint_seconds=options.checkpoint_seconds,
             ranks=options.ranks,
             sync_batch_norm=options.sync_batch_norm,
+            versions=versions(),
         )
         # Several ranks are one worker, which the others follow.
         jobs = 1 if options.ranks > 1 else options.jobs

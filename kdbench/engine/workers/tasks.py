@@ -70,6 +70,9 @@ class TaskRunner:
             messages.TrainCells: self.train_cells,
         }
         try:
+            # Of what is trained all ranks tell it together.
+            if not isinstance(task, messages.TrainCells):
+                self.materials.code.check(task)
             kinds[type(task)](task)
         except (UserError, CellError, Apart):
             raise

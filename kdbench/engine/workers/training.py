@@ -93,6 +93,7 @@ class Training:
     def __init__(
         self, task: messages.TrainCells, cells: list[messages.CellTask], materials: Materials, emit: Emit, ranks: Ranks
     ) -> None:
+        materials.code.check(task)
         self.task, self.emit, self.device, self.ranks = task, emit, materials.device, ranks
         self.computing = possible(task.computing, self.device)
         if self.computing.compile != task.computing.compile:
