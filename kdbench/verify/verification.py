@@ -124,9 +124,7 @@ def _files(folder: Folder) -> Iterator[Finding]:
     """Weights and logits beside the records, where there are any, are those that the records name."""
     held, nameless = 0, 0
     for name, record in folder.records.items():
-        for file in (folder.path / name / left for left in (STUDENT, BEST, LOGITS)):
-            if not file.is_file():
-                continue
+        for file in filter(Path.is_file, (folder.path / name / left for left in (STUDENT, BEST, LOGITS))):
             expected = record.files.get(file.name)
             held += expected is not None
             nameless += expected is None
@@ -230,10 +228,9 @@ def _shared(folder: Folder) -> Iterator[Finding]:
     others = [record for name, record in folder.records.items() if name not in folder.planned]
     for name, record in folder.records.items():
         for domain in filter(None, (record.data, record.target)):
-            add(name, "data fingerprint", domain.name, domain.fingerprint)
-            add(name, "data origin", domain.name, domain.origin)
-            if domain.class_names is not None:
-                add(name, "names of classes", domain.name, domain.class_names)
+            for what in ("fingerprint", "origin", "class_names"):
+                if (value := getattr(domain, what)) is not None:
+                    add(name, f"data {what.replace('_', ' ')}", domain.name, value)
         if record.teacher is not None:
             # A card may have weights, and a recipe to train by instead. Read as it stands: of any version's form.
             described = record.spec.get("teacher") or {}
@@ -302,11 +299,11 @@ def _tables(folder: Folder) -> Iterator[Finding]:
         return
     other = False
     for name, text in made.items():
-        if not (file := folder.path / name).is_file():
+        file = folder.path / name
+        there = without_charts(file.read_bytes().decode("utf-8", "replace")) if file.is_file() else None
+        if there is None:
             yield Finding("disagrees", "it is not there", name)
-            continue
-        there = without_charts(file.read_bytes().decode("utf-8", "replace"))
-        if there != text and not (name == "table.tex" and there in latex_forms(table, there)):
+        elif there != text and not (name == "table.tex" and there in latex_forms(table, there)):
             other = True
             yield Finding("disagrees", "it is not what the records give", name)
     if other:
