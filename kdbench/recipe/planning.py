@@ -13,10 +13,11 @@ from kdbench.reading import LONGEST, plain_name
 from kdbench.recipe.cells import cell_spec
 from kdbench.recipe.choices import TeacherChoice, Tune
 from kdbench.recipe.datasets import check_parts, spec_of_card
+from kdbench.recipe.differences import differences, shown
 from kdbench.recipe.loading import load, typed_recipe
 from kdbench.recipe.model_specs import DataSpec
 from kdbench.recipe.networks import teacher_spec
-from kdbench.recipe.specs import CellSpec, TeacherSpec
+from kdbench.recipe.specs import CellSpec, TeacherSpec, recorded
 from kdbench.recipe.tuning import Tuning
 from kdbench.recipe.variants import MOST_CELLS, Variant, means_nothing, variants
 from kdbench.registry import Registry
@@ -310,13 +311,16 @@ def run_name(recipe: str) -> str:
 
 def _check_names(cells: Iterable[PlannedCell], tree: Tree) -> None:
     """Different cells need different names, or no table could tell them apart."""
-    seen: set[str] = set()
+    seen: dict[str, CellSpec] = {}
     for cell in cells:
         key = repr((cell.spec.method.label, cell.axes, cell.spec.seed))
         if key in seen:
-            what = f"two different cells are both called '{cell.spec.method.label}'"
+            found = list(differences(recorded(seen[key]), recorded(cell.spec)))
+            # Of two methods all differs: their names say which they are.
+            named = [one for one in found if one[0] == "method.name"]
+            what = f"two different cells are both called '{cell.spec.method.label}': {shown(named or found)}"
             raise UserError(what, tree.origin(("compare", "method")), "give each its own 'label'")
-        seen.add(key)
+        seen[key] = cell.spec
 
 
 def _is_repeated(spec: CellSpec, seen: dict[str, str], tree: Tree) -> bool:

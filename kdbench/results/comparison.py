@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdbench.errors import UserError, did_you_mean
+from kdbench.recipe.differences import differences
 from kdbench.record import Metric, Record
-from kdbench.results.sameness import check_made_alike, check_same, differences
+from kdbench.results.sameness import check_made_alike, check_same
 from kdbench.results.settings import main_stage
 from kdbench.tree import text
 

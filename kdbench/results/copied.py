@@ -164,6 +164,9 @@ def _beside_ours(theirs: PublishedProtocol, pair: PublishedPair, records: list[R
     if pair.teacher is not None:
         own = f"{pair.teacher.name}{_accuracy(pair.teacher.accuracy)}"
         lines.append(("teacher", own, ", ".join(sorted(teachers)) or "none"))
+    # A column belongs to the published data by their name, also where it has only a part of them.
+    if parts_of_data := ", ".join(dict.fromkeys(filter(None, map(_part, records)))):
+        lines.append(("data", records[0].data.name, parts_of_data))
     # What few sources say: where one side is unknown, there is nothing to spell out.
     ours = {name: " or ".join(dict.fromkeys(filter(None, map(said, records)))) for name, said in settings.SAID.items()}
     rest = {
@@ -180,6 +183,14 @@ def _beside_ours(theirs: PublishedProtocol, pair: PublishedPair, records: list[R
         ("the same", [f"{name} {their}" for name, their, our in lines if their == our]),
     ]
     return "; ".join(f"{what}: {', '.join(entries)}" for what, entries in parts if entries)
+
+
+def _part(record: Record) -> str:
+    """Which part of its data a cell was trained or tested on; empty where it had all, or made its own images."""
+    whole = (record.spec.get("data") or {}).get("train") or 0
+    said = f"{record.data.train:,} of {whole:,} training images" if 0 < record.data.train < whole else ""
+    tested = "tested on the validation part" if settings.on_validation(record) else ""
+    return ", ".join(filter(None, (said, tested)))
 
 
 def _own(theirs: PublishedProtocol, table: PublishedProtocol) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from kdbench.errors import counted
 from kdbench.published import PublishedCard
+from kdbench.recipe.differences import differences
 from kdbench.recipe.remarks import replaced_normalization
 from kdbench.record import Metric, Record
 from kdbench.results import settings, statistics
@@ -15,7 +16,6 @@ from kdbench.results.comparison import Comparison
 from kdbench.results.contents import Measure, MethodRow, Note
 from kdbench.results.copied import CopiedRow
 from kdbench.results.facts import FACTS, SHORT, grouped, in_words, instructions, listed, metric_label, ranged, sentence
-from kdbench.results.sameness import differences
 from kdbench.results.sharing import unlike_baseline
 from kdbench.results.tuned import tuning_notes
 from kdbench.tree import text

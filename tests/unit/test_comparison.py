@@ -8,13 +8,13 @@ import pytest
 from synthetic import make
 
 from kdbench.errors import UserError
+from kdbench.recipe.differences import differences
 from kdbench.recipe.planning import plan
 from kdbench.recipe.specs import recorded
 from kdbench.record import Record
 from kdbench.registry import Registry
 from kdbench.results.comparison import compare
 from kdbench.results.frames import to_frame
-from kdbench.results.sameness import differences
 from kdbench.results.tables import build
 
 

@@ -85,6 +85,25 @@ def test_every_copied_number_is_marked_and_its_note_spells_the_protocol_out() ->
             assert cell is not None and cell.marks
 
 
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ({"train": 50_000_000}, "50,000,000 training images"),
+        ({"tested_on": "validation"}, "(here tested on the validation part)"),
+        ({"train": 1}, None),
+        ({}, None),
+    ],
+)
+def test_a_part_of_the_published_data_is_a_difference(data: dict[str, Any], says: str | None) -> None:
+    ours = records()
+    spec = {**ours[0].spec, "data": {**ours[0].spec.get("data", {}), **data}}
+    table = build([record.model_copy(update={"spec": spec}) for record in ours], published={"other": card()})
+    cell = table.copied[1].cells[0]
+    assert cell is not None
+    note = note_of(table, cell.marks[0])
+    assert (says in note and ", data cifar10 (here " in note) if says else "data" not in note
+
+
 def spelled(published: PublishedCard, protocol: dict[str, Any], stages: dict[str, Any], student: str) -> str:
     """The note on the plain student's protocol."""
     spec = {"protocol": protocol, "method": {"stages": stages}}

@@ -16,12 +16,12 @@ from kdbench.engine.folders import open_cells
 from kdbench.engine.workers.finished import names
 from kdbench.errors import UserError
 from kdbench.names import frozen
+from kdbench.recipe.differences import differences
 from kdbench.recipe.loading import recipe_names
 from kdbench.recipe.planning import plan
 from kdbench.recipe.recorded import NotHere, cell_of
 from kdbench.recipe.specs import CellSpec, recorded
 from kdbench.registry import SHARE, Registry
-from kdbench.results.sameness import differences
 from kdbench.tree import Tree, shown
 from kdbench.verify.verification import verify
 

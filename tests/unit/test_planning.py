@@ -69,8 +69,10 @@ def test_the_plain_student_is_one_cell_whoever_teaches() -> None:
 def test_two_settings_of_a_method_are_told_apart() -> None:
     cells = planned(compare={"method": [{"name": "kd", "temperature": 2.0}, {"name": "kd", "temperature": 8.0}]}).cells
     assert [c.spec.method.label for c in cells] == ["KD, temperature 2.0", "KD, temperature 8.0"]
-    with pytest.raises(UserError, match="both called 'X'"):
+    with pytest.raises(UserError, match=r"both called 'X': .*\.temperature \(2 and 8\)\n"):
         planned(compare={"method": [{"name": "kd", "temperature": t, "label": "X"} for t in (2.0, 8.0)]})
+    with pytest.raises(UserError, match=r"both called 'X': method\.name \(kd and at\)\n"):
+        planned(compare={"method": [{"name": name, "label": "X"} for name in ("kd", "at")]})
     with pytest.raises(UserError, match="'X' and 'Y' are the same method under two names"):
         planned(compare={"method": [{"name": "kd", "label": label} for label in "XY"]})
 
