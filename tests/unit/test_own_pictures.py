@@ -19,10 +19,11 @@ from conftest import Kdbench
 from picture_files import moments, photo, write_tiny_imagenet
 from PIL import Image
 from pydantic import ValidationError
+from torchvision.transforms.functional import center_crop, resize
 
 from kdbench.cards import DatasetCard
 from kdbench.data import folder, pictures
-from kdbench.data.decoding import picture
+from kdbench.data.decoding import as_bytes, picture
 from kdbench.data.listing import centred, listing
 from kdbench.data.survey import survey
 from kdbench.engine.data.datasets import load_data
@@ -343,6 +344,8 @@ def test_damaged_pictures_of_every_kind_are_one_message(kind: str, tmp_path: Pat
 
 def test_the_survey_of_images_of_one_size_measures_what_the_loader_gives(tmp_path: Path) -> None:
     root = write(tmp_path / "x", mode="L")
+    for number, grey in enumerate(("1", "LA")):
+        photo(32, 32, 50 + number).convert(grey).save(root / "train" / "ant" / f"{number}.png")
     seen = survey(root, tmp_path / "cache")
     data = folder.load([tmp_path], False, tmp_path / "cache", folder="x", channels=1)
     mean, deviation = moments(data.train_images)
@@ -369,6 +372,14 @@ def test_the_survey_of_pictures_of_many_sizes_reads_them_while_training(tmp_path
     card = seen.card("x")
     assert card["streamed"] and card["image_size"] == 96 and card["args"] == {"folder": "x", "short_side": 110}
     assert card["channels"] == 3
+    centres = [
+        center_crop(resize(Image.open(file).convert("RGB"), 110), [96, 96])
+        for c in ("ant", "bee")
+        for file in (root / c).iterdir()
+    ]
+    mean, deviation = moments(torch.stack([as_bytes(image) for image in centres]))
+    assert card["normalization"]["mean"] == pytest.approx(mean, abs=1e-4)
+    assert card["normalization"]["std"] == pytest.approx(deviation, abs=1e-4)
     assert (card["train"], card["test"]) == (18, 4) and counts(streamed(root)) == [[8, 10], [2, 2]]
     said = "; ".join(seen.sentences())
     assert "a fifth" in said and "1 are to be turned" in said and "96×96" in said
@@ -376,13 +387,16 @@ def test_the_survey_of_pictures_of_many_sizes_reads_them_while_training(tmp_path
 
 
 def test_large_pictures_of_one_size_are_read_while_training_and_one_colour_is_divided_by_nothing(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = write(tmp_path / "x", train=1, test=1)
-    for file in root.rglob("*.png"):
-        Image.new("RGB", (257, 257), (255, 0, 51)).save(file)
-    seen = survey(root, tmp_path / "cache")
-    assert seen.streamed and seen.image_size == 224
+    root, four = write(tmp_path / "x", train=1, test=1), 4 * 3 * 256**2
+    for side, memory in ((256, four), (256, four - 1), (257, 1 << 30)):
+        monkeypatch.setattr("kdbench.data.survey.MOST_IN_MEMORY", memory)
+        for file in root.rglob("*.png"):
+            Image.new("RGB", (side, side), (255, 0, 51)).save(file)
+        seen = survey(root, tmp_path / f"cache_{side}_{memory}")
+        assert seen.streamed == ((side, memory) != (256, four))
+    assert seen.image_size == 224
     assert (seen.mean, seen.std) == ([1.0, 0.0, 0.2], [1.0, 1.0, 1.0])
 
 

@@ -63,6 +63,13 @@ def test_what_follows_from_a_resolved_recipe_by_hand() -> None:
     assert (found["budget"]["batches_per_epoch"], found["budget"]["epochs"]) == (18, 3.3333)
     assert found["data"] == {"name": "digits", "classes": 10, "train": 1098, "validation": 100, "test": 100}
     assert (found["teacher"], found["target"], found["seeds"]) == (None, None, {"seed": 3, "split": 7})
+    longer = {"name": "ab_crd", "stages": {"boundaries": {"extra_epochs": 0.3}}}
+    found = derived(
+        plan(recipe | {"data": held_out, "teacher": "wrn_16_2_digits", "method": longer}, Registry()).cells[0].spec
+    )
+    # 0.3 epochs are 5.4 steps.
+    assert [stage["steps"] for stage in found["budget"]["stages"]] == [5, 60] and found["budget"]["steps"] == 65
+    assert (found["budget"]["extra_epochs"], found["budget"]["epochs"]) == (0.2778, 3.6111)
     adapted = {"data": "mnist_8", "target": "digits", "method": "source_only"}
     found = derived(plan(recipe | adapted, Registry()).cells[0].spec)
     assert found["data"] == {"name": "mnist_8", "classes": 10, "train": 4000, "validation": 0, "test": 1000}

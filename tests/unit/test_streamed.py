@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from kdbench.data.decoding import NUMBERS, as_bytes, crop_box, decoded_crop, pic
 from kdbench.data.images import ImageData
 from kdbench.data.listing import centred, not_found
 from kdbench.data.streams import uniform
-from kdbench.engine.data.batch import SLICE, at_once
+from kdbench.engine.data.batch import SLICE, at_most, at_once
 from kdbench.engine.data.batches import Batches
 from kdbench.engine.data.datasets import load_data
 from kdbench.engine.data.resident import ResidentSplit
@@ -171,6 +172,10 @@ def test_crops_are_distributed_as_torchvisions(width: int, height: int) -> None:
     last = crop_box([0.0, 0.5] * 10 + [1 - 2**-53] * 2, height, width, (0.01, 1.0))
     assert (last[0] + last[2], last[1] + last[3]) == (height, width)
     assert (ours[:, 0] + ours[:, 2] <= height).all() and (ours[:, 1] + ours[:, 3] <= width).all()
+    # Where no try fits, the largest centred one of a ratio that is allowed, of wide and of tall pictures.
+    for sides in ((height, width), (width, height)):
+        expected = RandomResizedCrop.get_params(torch.zeros(3, *sides), [1.0, 1.0], [3 / 4, 4 / 3])
+        assert crop_box([0.5] * NUMBERS, *sides, (1.0, 1.0)) == expected
 
 
 def test_grey_pictures_become_colours_and_broken_ones_are_named(tmp_path: Path) -> None:
@@ -198,7 +203,7 @@ def test_the_data_card_chooses_the_source(registry: Registry, root: Path, monkey
     parts = list(batches.test.slices())
     assert [tuple(images.shape) for images, _ in parts] == [(4, 3, 24, 24), (2, 3, 24, 24)]
     assert torch.cat([labels for _, labels in parts]).tolist() == [0, 0, 1, 1, 2, 2]
-    assert batches.test.every(2).labels.tolist() == [0, 1, 2]
+    assert batches.test.every(2).labels.tolist() == at_most(4, batches.test).labels.tolist() == [0, 1, 2]
     assert len(split_for_testing(spec.data, read(spec, root), CPU).labels) == 6
     resident = spec.data.model_copy(update={"streamed": False})
     with pytest.raises(UserError, match="correct 'streamed'"):
@@ -316,11 +321,18 @@ def test_names_and_places_of_files_do_not_matter(tmp_path: Path) -> None:
     assert pictures.load([tmp_path / "b"], False, tmp_path / "cache", folder="x").fingerprint != first.fingerprint
 
 
-def test_files_are_read_once_for_their_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_read_once_for_their_sums_and_again_when_they_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_pictures(tmp_path / "x")
     first = pictures.load([tmp_path], False, tmp_path / "cache", folder="x")
-    monkeypatch.setattr(sums, "sha256_of", None)
-    assert pictures.load([tmp_path], False, tmp_path / "cache", folder="x").fingerprint == first.fingerprint
+    with monkeypatch.context() as unread:
+        unread.setattr(sums, "sha256_of", None)
+        assert pictures.load([tmp_path], False, tmp_path / "cache", folder="x").fingerprint == first.fingerprint
+    changed = first.test_files[0]
+    changed.write_bytes(changed.read_bytes()[::-1])
+    os.utime(changed, (0, 0))
+    assert pictures.load([tmp_path], False, tmp_path / "cache", folder="x").fingerprint != first.fingerprint
 
 
 def test_scenes_take_the_official_lists(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +233,27 @@ def test_a_batch_is_a_function_of_seed_and_step(augmentation: Any) -> None:
         batch = fresh.sets(names)["data"]
         fresh.advance(names)
         assert torch.equal(batch.images, expected[step].images), step
+
+
+@pytest.mark.parametrize(
+    "augmentation", [MIX, {"transforms": [{"name": "random_erasing", "p": 1.0}]}, {"resized_crop": [0.3, 0.9]}]
+)
+def test_every_step_of_every_stream_makes_something_else_of_the_same_picture(augmentation: Any) -> None:
+    """Steps of two epochs and those beyond the budget; the second set, the target's, and another seed's."""
+    spec = spec_of(augmentation={"padding": 0, "flip": False} | augmentation)
+    data = images(spec.data, per_class=3)
+    data = replace(data, train_images=data.train_images[:1].expand_as(data.train_images))
+    kind, line, found = ResidentDomain if "mix" in augmentation else StreamedDomain, timeline(spec, 30), []
+    source = kind(spec, data, CPU, "", Ranks())
+    target = kind(spec, data, CPU, "target/", Ranks())
+    other = kind(spec.model_copy(update={"seed": 1}), data, CPU, "", Ranks())
+    for domain in (source, source.second(), target, other):
+        for step in range(9):
+            domain.seek(step, replace(line, extra=4))
+            domain.feed()
+            made = domain.batch().images if domain.mixing is None else torch.stack(domain.mixing.table.row())
+            found.append(made.numpy().tobytes())
+    assert len({*found}) == len(found)
 
 
 @pytest.mark.parametrize("augmentation", [MIX, RAND | MIX])
