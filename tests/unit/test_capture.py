@@ -422,7 +422,9 @@ def test_weights_that_lie_elsewhere_are_evaluated_anew(tmp_path: Path) -> None:
 
         of.member.before_step = moved  # type: ignore[method-assign]
 
-    specs = [evaluated(cell("kd", protocol={"name": "digits", "optimizer": {"name": "adam", "lr": 0.001}}), 7)]
+    specs = [
+        evaluated(cell("kd", steps=14, protocol={"name": "digits", "optimizer": {"name": "adam", "lr": 0.001}}), 7)
+    ]
     program = both(specs, tmp_path, change=replaces)
     (of,) = program.cohorts[0].cells
     assert len(program.evaluations) == 2 and all(program.evaluations.values())
