@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from kdbench.losses.checks import full, logits_shape, positive, shape
 from kdbench.losses.deep_inversion import WatchedBatchNorms
+from kdbench.losses.features import inner_products
 from kdbench.losses.kl import divergences
 
 
@@ -53,7 +54,7 @@ def view_contrast(local: Tensor, whole: Tensor, present: int | None = None, temp
         raise ValueError(f"view_contrast needs 1 to {len(local)} present images, not {present}")
     positive(temperature)
     local, whole = F.normalize(full(local), dim=1), F.normalize(full(whole.detach()), dim=1)
-    log_p = F.log_softmax(local @ whole.T / temperature, dim=1).diagonal()
+    log_p = F.log_softmax(inner_products(local, whole) / temperature, dim=1).diagonal()
     loss = -log_p[:present].mean()
     return loss - log_p[present:].mean() if present < len(log_p) else loss
 

@@ -81,6 +81,14 @@ def test_divergence_counts_where_both_choose_the_same_class() -> None:
     assert agreed_divergence(student.log() + 1, teacher.log() - 2).item() == pytest.approx(sum(each) / 3, rel=1e-12)
 
 
+def test_views_are_compared_in_full_precision_under_autocast() -> None:
+    local, whole = (rand(6, 4, seed=seed).float() for seed in (0, 1))
+    expected = view_contrast(local, whole).item()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = view_contrast(local, whole)
+    assert found.dtype == torch.float32 and found.item() == pytest.approx(expected, rel=1e-6)
+
+
 def test_gradients_are_the_derivatives() -> None:
     x = [rand(4, 3, seed=0).requires_grad_(), rand(4, 3, seed=1).requires_grad_()]
     assert torch.autograd.gradcheck(agreed_divergence, x)
