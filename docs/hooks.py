@@ -253,10 +253,11 @@ def default(cards: Registry, card: Any, path: str) -> object:
 
 
 def losses() -> str:
-    """What mkdocstrings reads as: the docstrings of all files of losses."""
+    """What holds for all losses, and what mkdocstrings reads as the docstrings of their files."""
     files = [file.stem for file in sorted((ROOT / "kdbench" / "losses").glob("*.py"))]
     options = "    options: {show_root_heading: false, show_root_toc_entry: false, heading_level: 3}\n"
-    return "\n".join(f"::: kdbench.losses.{name}\n{options}" for name in files if name not in ("__init__", "checks"))
+    each = [f"::: kdbench.losses.{name}\n{options}" for name in files if name not in ("__init__", "checks")]
+    return "\n".join([f"{inspect.getdoc(importlib.import_module('kdbench.losses'))}\n", *each])
 
 
 def loss(cards: Registry, key: str) -> str:

@@ -6,6 +6,7 @@ on two sets of images. A loss with parameters of its own is a module, built with
 network.
 float16 and bfloat16 inputs are computed in float32; float32 and float64 keep their type. So a loss's own module stays
 float32, whatever its networks compute in; the networks' modules that some functions are given get features as they are.
+Labels are class indices from 0; only `cross_entropy` takes shares of classes too.
 Shapes that do not match raise a ValueError that names both.
 """
 
