@@ -48,7 +48,6 @@ def run(
     from kdbench.errors import counted
     from kdbench.files import expanded, failed, paths_of
     from kdbench.recipe.planning import plan
-    from kdbench.recipe.remarks import remarks
     from kdbench.record import read_records
     from kdbench.registry import Registry
     from kdbench.tree import plain
@@ -61,7 +60,7 @@ def run(
     options["data_roots"] = paths_of(options.get("data_roots") or (), "data_roots")
     options["device"] = str(options.get("device", "auto"))
     how, told = Options(runs=expanded(runs, "runs"), registries=folders, **options), Logged()
-    for remark in [*planned.notes, *remarks(cell.spec for cell in planned.cells)]:
+    for remark in planned.remarks:
         told.say(f"note: {remark}")
     planned = tuned(planned, how, told)
     outcome = run_plan(planned, how, told)

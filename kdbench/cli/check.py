@@ -28,7 +28,6 @@ from kdbench.engine.scheduling import kind
 from kdbench.errors import UserError, counted
 from kdbench.recipe.method_specs import MethodSpec
 from kdbench.recipe.planning import Plan, PlannedCell, cell_name, plan
-from kdbench.recipe.remarks import remarks
 from kdbench.recipe.specs import CellSpec
 from kdbench.recipe.timeline import planned_timeline
 from kdbench.registry import Registry
@@ -96,7 +95,7 @@ def command(
     networks, cells = _networks(planned, estimate), _cells(planned, left.cells, estimate if time else None)
     files = {f"{spec.student} {spec.teacher}": spec for spec in distinct.values()}
     notes = dict.fromkeys(note for spec in files.values() for note in weight_notes(spec))
-    for remark in [*planned.notes, *remarks(cell.spec for cell in planned.cells), *notes]:
+    for remark in [*planned.remarks, *notes]:
         console.print(f"note: {remark}", style="yellow")
     _print_routes(console, planned, estimate)
     methods = {cell.spec.method.label: cell.spec.method for cell in planned.cells}

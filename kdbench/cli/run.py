@@ -31,7 +31,6 @@ from kdbench.engine.options import Cluster, Listener, Options
 from kdbench.errors import CellError, UserError, counted
 from kdbench.files import failed
 from kdbench.recipe.planning import Plan, plan
-from kdbench.recipe.remarks import remarks
 from kdbench.registry import Registry
 
 if TYPE_CHECKING:
@@ -156,7 +155,7 @@ def carry_out(planned: Plan, options: Options, results: Path | None = None) -> O
     from kdbench.verify.adopting import tried
 
     shown = listener()
-    for remark in [*planned.notes, *remarks(cell.spec for cell in planned.cells)]:
+    for remark in planned.remarks:
         shown.say(f"note: {remark}")
     trials = tried(planned, results / planned.name) if results is not None else {}
     try:

@@ -17,6 +17,7 @@ from kdbench.recipe.differences import differences, shown
 from kdbench.recipe.loading import load, typed_recipe
 from kdbench.recipe.model_specs import DataSpec
 from kdbench.recipe.networks import teacher_spec
+from kdbench.recipe.remarks import remarks
 from kdbench.recipe.specs import CellSpec, TeacherSpec, recorded
 from kdbench.recipe.tuning import Tuning
 from kdbench.recipe.variants import MOST_CELLS, Variant, means_nothing, variants
@@ -94,6 +95,11 @@ class Plan:
         """The cells of all candidates, each once."""
         every = (cell for several in self.candidates.values() for one in several for cell in one.tried)
         return list({cell.spec.identity(): cell for cell in every}.values())
+
+    @property
+    def remarks(self) -> list[str]:
+        """Sentences on what may surprise in it: its notes, and what its cells give to say."""
+        return [*self.notes, *remarks(cell.spec for cell in self.cells)]
 
     def placed(self, error: UserError) -> UserError:
         """An error of what was built from this plan, with the place in the recipe of the first thing that it quotes, or
